@@ -1,0 +1,237 @@
+//! `DeviceService`: the registry and the ledger.
+
+use super::parse;
+use crate::{
+    error::{Error, Failure, Violations},
+    fleet::{Device, Registry},
+    live::Latest,
+    model::{
+        DeviceId, Labels, Timestamp, ValueKind,
+        batch::{check_sensor_name, reason_from_name},
+        units,
+    },
+    pb::{self, device_service_server::DeviceService},
+    store::{Count, DeviceRow, SensorRow, Store},
+};
+use prost::Message;
+use std::sync::Arc;
+use tokio::sync::Notify;
+use tonic::{Request, Response, Status};
+
+const DISPLAY_NAME_BYTES_MAX: usize = 255;
+const PAGE_SIZE_DEFAULT: usize = 100;
+const PAGE_SIZE_MAX: usize = 1_000;
+
+/// See the module.
+pub struct DeviceApi {
+    /// The devices.
+    pub registry: Registry,
+    /// Their ledgers.
+    pub store: Store,
+    /// Forgets deleted devices.
+    pub latest: Arc<Latest>,
+    /// Wakes who deletes what deleted devices left.
+    pub purge: Arc<Notify>,
+    /// How many sensors a device may have.
+    pub sensors_max: usize,
+}
+
+#[tonic::async_trait]
+impl DeviceService for DeviceApi {
+    async fn create_device(&self, request: Request<pb::CreateDeviceRequest>) -> Result<Response<pb::CreateDeviceResponse>, Status> {
+        let device = request.into_inner().device.unwrap_or_default();
+        let mut violations = Violations::new();
+        let id = violations.check("device.id", DeviceId::parse(&device.id));
+        let labels = violations.check_all(Labels::parse("device.labels", device.labels)).unwrap_or_default();
+        check_display_name(&mut violations, &device.display_name);
+        violations.into_result()?;
+        let created = self.registry.create(&id.ok_or(Error::Internal)?, labels, &device.display_name).await?;
+        Ok(Response::new(pb::CreateDeviceResponse { device: Some(encode_device(created.row(), None)) }))
+    }
+
+    async fn get_device(&self, request: Request<pb::GetDeviceRequest>) -> Result<Response<pb::GetDeviceResponse>, Status> {
+        let device = self.find(&request.into_inner().device).await?;
+        let last_receive_time = self.store.last_receive_time(device.key).await.map_err(Failure::from)?;
+        Ok(Response::new(pb::GetDeviceResponse { device: Some(encode_device(device.row(), last_receive_time)) }))
+    }
+
+    async fn list_devices(&self, request: Request<pb::ListDevicesRequest>) -> Result<Response<pb::ListDevicesResponse>, Status> {
+        let request = request.into_inner();
+        let mut violations = Violations::new();
+        let selector = parse::selector(&mut violations, &request.label_selector);
+        let page_size = parse::page_size(&mut violations, request.page_size, PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX);
+        let after = parse::page_token(&mut violations, &request.page_token);
+        violations.into_result()?;
+        let (rows, mut more) = self.registry.list(&selector, &after, page_size).await.map_err(Failure::from)?;
+        let (mut devices, mut bytes) = (Vec::with_capacity(rows.len()), 0);
+        for row in rows {
+            if bytes >= pb::MESSAGE_BYTES {
+                more = true;
+                break;
+            }
+            let last_receive_time = self.store.last_receive_time(row.key).await.map_err(Failure::from)?;
+            let device = encode_device(row, last_receive_time);
+            bytes += device.encoded_len();
+            devices.push(device);
+        }
+        let next_page_token = devices.last().filter(|_| more).map(|device| parse::next_page_token(&device.id)).unwrap_or_default();
+        Ok(Response::new(pb::ListDevicesResponse { devices, next_page_token }))
+    }
+
+    async fn update_device(&self, request: Request<pb::UpdateDeviceRequest>) -> Result<Response<pb::UpdateDeviceResponse>, Status> {
+        let pb::UpdateDeviceRequest { device, update_mask } = request.into_inner();
+        let new = device.unwrap_or_default();
+        let mut violations = Violations::new();
+        let id = violations.check("device.id", DeviceId::parse(&new.id));
+        let etag = parse_etag(&mut violations, "device.etag", &new.etag);
+        let paths = update_mask.map_or_else(|| vec!["labels".to_owned(), "display_name".to_owned()], |mask| mask.paths);
+        let (mut labels, mut display_name) = (None, None);
+        for path in &paths {
+            match path.as_str() {
+                "labels" => labels = violations.check_all(Labels::parse("device.labels", new.labels.clone())),
+                "display_name" => {
+                    check_display_name(&mut violations, &new.display_name);
+                    display_name = Some(new.display_name.clone());
+                }
+                _ => violations.add("update_mask", format!("{path:?} can't be updated: labels and display_name can")),
+            }
+        }
+        violations.into_result()?;
+        let device = self.registry.get(&id.ok_or(Error::Internal)?).await?;
+        let updated = self.registry.update(&device, etag, move |row| {
+            row.labels = labels.unwrap_or_else(|| row.labels.clone());
+            row.display_name = display_name.unwrap_or_else(|| row.display_name.clone());
+        });
+        let row = updated.await?;
+        let last_receive_time = self.store.last_receive_time(device.key).await.map_err(Failure::from)?;
+        Ok(Response::new(pb::UpdateDeviceResponse { device: Some(encode_device(row, last_receive_time)) }))
+    }
+
+    async fn delete_device(&self, request: Request<pb::DeleteDeviceRequest>) -> Result<Response<pb::DeleteDeviceResponse>, Status> {
+        let request = request.into_inner();
+        let mut violations = Violations::new();
+        let etag = parse_etag(&mut violations, "etag", &request.etag);
+        violations.into_result()?;
+        let device = self.find(&request.device).await?;
+        let (latest, purge, gone) = (self.latest.clone(), self.purge.clone(), device.clone());
+        let forget = move || {
+            latest.forget(gone.key);
+            purge.notify_one();
+            tracing::info!(device = %gone.id, "device.deleted");
+        };
+        self.registry.delete(&device, etag, forget).await?;
+        Ok(Response::new(pb::DeleteDeviceResponse {}))
+    }
+
+    async fn list_sensors(&self, request: Request<pb::ListSensorsRequest>) -> Result<Response<pb::ListSensorsResponse>, Status> {
+        let device = self.find(&request.into_inner().device).await?;
+        let rows = self.store.sensors(device.key).await.map_err(Failure::from)?;
+        Ok(Response::new(pb::ListSensorsResponse { sensors: rows.into_iter().map(encode_sensor).collect() }))
+    }
+
+    async fn update_sensor(&self, request: Request<pb::UpdateSensorRequest>) -> Result<Response<pb::UpdateSensorResponse>, Status> {
+        let request = request.into_inner();
+        let device = self.find(&request.device).await?;
+        let new = request.sensor.unwrap_or_default();
+        let mut violations = Violations::new();
+        violations.check("sensor.name", check_sensor_name(&new.name));
+        let known = device.sensor(&new.name);
+        let kind = match &known {
+            Some(sensor) => Some(sensor.kind),
+            None if !request.allow_missing => {
+                violations.into_result()?;
+                return Err(Error::SensorNotFound { device: device.id.clone(), sensor: new.name }.into());
+            }
+            None => violations.check("sensor.kind", ValueKind::from_code(new.kind).ok_or_else(|| format!("{} is not a kind", new.kind))),
+        };
+        if known.is_none() && device.sensors_len() >= self.sensors_max {
+            violations
+                .add("sensor.name", format!("the device has {} sensors: no more are allowed (devices.sensors_max)", device.sensors_len()));
+        }
+        if new.allow_non_finite && kind.is_some_and(|kind| kind != ValueKind::Double) {
+            violations.add("sensor.allow_non_finite", "only a sensor of kind DOUBLE can have NaN and infinities");
+        }
+        violations.into_result()?;
+        let row = SensorRow {
+            key: 0,
+            name: new.name,
+            unit: known.map_or_else(String::new, |sensor| sensor.unit),
+            kind: kind.ok_or(Error::Internal)?,
+            allow_non_finite: new.allow_non_finite,
+            create_time: Timestamp::now(),
+        };
+        let saved = self.registry.save_sensor(&device, row).await?;
+        Ok(Response::new(pb::UpdateSensorResponse { sensor: Some(encode_sensor(saved)) }))
+    }
+
+    async fn get_ledger(&self, request: Request<pb::GetLedgerRequest>) -> Result<Response<pb::GetLedgerResponse>, Status> {
+        let device = self.find(&request.into_inner().device).await?;
+        let row = self.store.ledger(device.key).await.map_err(Failure::from)?;
+        let rejected = row.rejected.into_iter().map(|(reason, count)| pb::RejectedCount {
+            reason: reason_from_name(&reason).unwrap_or_default() as i32,
+            batches: count.batches,
+            readings: count.readings,
+        });
+        let streams = row.streams.into_iter().map(|(stream_id, last_durable_sequence, time)| pb::StreamPosition {
+            stream_id: stream_id.as_bytes().to_vec().into(),
+            last_durable_sequence,
+            last_receive_time: Some(time.to_proto()),
+        });
+        let ledger = pb::Ledger {
+            device: device.id.to_string(),
+            stored: Some(encode_count(row.stored)),
+            duplicate: Some(encode_count(row.duplicate)),
+            rejected: rejected.collect(),
+            lost: Some(encode_count(row.lost)),
+            streams: streams.collect(),
+        };
+        Ok(Response::new(pb::GetLedgerResponse { ledger: Some(ledger) }))
+    }
+}
+
+impl DeviceApi {
+    async fn find(&self, id: &str) -> Result<Arc<Device>, Failure> {
+        self.registry.get(&parse::device(id)?).await
+    }
+}
+
+fn check_display_name(violations: &mut Violations, name: &str) {
+    if name.len() > DISPLAY_NAME_BYTES_MAX {
+        violations.add("device.display_name", format!("{} bytes: at most {DISPLAY_NAME_BYTES_MAX} are allowed", name.len()));
+    }
+}
+
+/// The revision that a device's etag stands for; `None` without an etag. One that was never given out matches no revision.
+fn parse_etag(violations: &mut Violations, field: &str, etag: &str) -> Option<i64> {
+    if etag.is_empty() {
+        return None;
+    }
+    violations.check(field, etag.parse().map_err(|_| "this is not an etag that the gateway gave".to_owned()))
+}
+
+fn encode_device(row: DeviceRow, last_receive_time: Option<Timestamp>) -> pb::Device {
+    pb::Device {
+        id: row.id.to_string(),
+        labels: row.labels.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
+        display_name: row.display_name,
+        create_time: Some(row.create_time.to_proto()),
+        update_time: Some(row.update_time.to_proto()),
+        last_receive_time: last_receive_time.map(Timestamp::to_proto),
+        etag: row.revision.to_string(),
+    }
+}
+
+fn encode_sensor(row: SensorRow) -> pb::Sensor {
+    pb::Sensor {
+        unit_registered: units::is_registered(&row.unit),
+        name: row.name,
+        unit: row.unit,
+        kind: row.kind.code(),
+        allow_non_finite: row.allow_non_finite,
+        create_time: Some(row.create_time.to_proto()),
+    }
+}
+
+fn encode_count(count: Count) -> pb::Tally {
+    pb::Tally { batches: count.batches, readings: count.readings }
+}

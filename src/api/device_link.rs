@@ -1,0 +1,254 @@
+//! `DeviceLinkService`: all that an always-on device and the gateway tell each other, on one stream.
+
+use super::{
+    ResponseStream,
+    driven::{Outbound, driven},
+    parse,
+    telemetry::check_numbers,
+    telemetry::rejected_batch,
+};
+use crate::{
+    error::{Error, Failure, Violations},
+    fleet::{Configs, Device, Registry},
+    ingest::{Envelope, Ingest, Outcome, Reply},
+    model::{DeviceId, StreamId, Timestamp, structs},
+    pb::{self, connect_request, connect_response, device_link_service_server::DeviceLinkService},
+    store::{ConfigOutcome, ConfigReportRow, ConfigStateRow, Store, StoreError},
+};
+use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesOrdered};
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+/// How many messages may wait for a device that does not read.
+const OUTBOUND_MAX: usize = 16;
+/// The most bytes in the detail of a report.
+const DETAIL_BYTES_MAX: usize = 1024;
+
+/// See the module. Cheap to clone.
+#[derive(Clone)]
+pub struct DeviceLinkApi {
+    /// Where batches go.
+    pub ingest: Ingest,
+    /// Whose they are.
+    pub registry: Registry,
+    /// What the devices should be configured like.
+    pub configs: Configs,
+    /// Where stream ids stand.
+    pub store: Store,
+    /// Cancelled when the gateway is being stopped.
+    pub drain: CancellationToken,
+    /// How many batches of a call may wait for their commit.
+    pub unacknowledged_max: usize,
+}
+
+#[tonic::async_trait]
+impl DeviceLinkService for DeviceLinkApi {
+    type ConnectStream = ResponseStream<pb::ConnectResponse>;
+
+    async fn connect(&self, request: Request<Streaming<pb::ConnectRequest>>) -> Result<Response<Self::ConnectStream>, Status> {
+        let (api, inbound) = (self.clone(), request.into_inner());
+        let work = move |outbound| async move { Link::run(&api, inbound, &outbound).await };
+        Ok(Response::new(driven(OUTBOUND_MAX, work).boxed()))
+    }
+}
+
+/// One device's stream.
+struct Link<'a> {
+    api: &'a DeviceLinkApi,
+    device: Arc<Device>,
+    stream_id: Option<StreamId>,
+    pending: FuturesOrdered<BoxFuture<'static, (u64, Result<Reply, Error>)>>,
+    // The sequence that was last asked for: pipelined batches behind a hole all miss the same one, which is told once.
+    gap_told: Option<u64>,
+    // The revision that the device has, or was sent: it is not sent again.
+    known_revision: u64,
+    outbound: &'a Outbound<pb::ConnectResponse>,
+}
+
+impl<'a> Link<'a> {
+    async fn run(
+        api: &'a DeviceLinkApi,
+        mut inbound: Streaming<pb::ConnectRequest>,
+        outbound: &'a Outbound<pb::ConnectResponse>,
+    ) -> Result<(), Status> {
+        let first = tokio::select! {
+            first = inbound.message() => first?,
+            () = api.drain.cancelled() => return Err(Error::Draining.into()),
+        };
+        let Some(pb::ConnectRequest { message: Some(connect_request::Message::Hello(hello)) }) = first else {
+            return Err(Error::invalid("hello", "the first message of the stream must be a Hello").into());
+        };
+        Self::greet(api, hello, outbound).await?.serve(inbound).await
+    }
+
+    async fn greet(api: &'a DeviceLinkApi, hello: pb::Hello, outbound: &'a Outbound<pb::ConnectResponse>) -> Result<Self, Status> {
+        let mut violations = Violations::new();
+        let device = violations.check("hello.device", DeviceId::parse(&hello.device));
+        let stream_id = if hello.stream_id.is_empty() { None } else { parse::stream_id(&mut violations, &hello.stream_id) };
+        violations.into_result()?;
+        let device = api.registry.get_or_register(&device.ok_or(Error::Internal)?).await?;
+        let last_durable_sequence = match stream_id {
+            Some(stream_id) => api.store.last_sequence(device.key, stream_id).await.map_err(Failure::from)?,
+            None => 0,
+        };
+        // What the device runs with is sent again unless the store knows that it does.
+        let state = api.configs.state(device.key).await.map_err(Failure::from)?;
+        let reported = state.and_then(|(_, state)| reported_on(&state, hello.applied_revision));
+        let link = Self {
+            api,
+            device,
+            stream_id,
+            pending: FuturesOrdered::new(),
+            gap_told: None,
+            known_revision: reported.unwrap_or(0),
+            outbound,
+        };
+        let welcome = pb::Welcome { last_durable_sequence, server_time: Some(Timestamp::now().to_proto()) };
+        link.send(connect_response::Message::Welcome(welcome)).await;
+        Ok(link)
+    }
+
+    async fn serve(mut self, mut inbound: Streaming<pb::ConnectRequest>) -> Result<(), Status> {
+        let mut pokes = self.device.config_pokes();
+        self.send_config().await?;
+        let mut open = true;
+        while open || !self.pending.is_empty() {
+            tokio::select! {
+                message = inbound.message(), if open && self.pending.len() < self.api.unacknowledged_max => match message? {
+                    Some(message) => self.receive(message).await?,
+                    None => open = false,
+                },
+                Some((sequence, reply)) = self.pending.next() => self.acknowledge(sequence, reply).await?,
+                Ok(()) = pokes.changed(), if open => self.send_config().await?,
+                () = self.api.drain.cancelled(), if open => open = false,
+            }
+        }
+        if self.api.drain.is_cancelled() {
+            self.send(connect_response::Message::Draining(pb::Draining {})).await;
+        }
+        Ok(())
+    }
+
+    async fn receive(&mut self, message: pb::ConnectRequest) -> Result<(), Status> {
+        match message.message {
+            Some(connect_request::Message::Batch(batch)) => self.receive_batch(batch).await?,
+            Some(connect_request::Message::ConfigReport(report)) => {
+                let report = parse_report(report)?;
+                self.api.configs.note_report(&self.device, &report).await.map_err(Failure::from)?;
+            }
+            Some(connect_request::Message::Hello(_)) => return Err(Error::invalid("hello", "only the first message may be a Hello").into()),
+            // A newer client may say what this gateway does not know.
+            None => {}
+        }
+        Ok(())
+    }
+
+    async fn receive_batch(&mut self, batch: pb::LinkBatch) -> Result<(), Error> {
+        let pb::LinkBatch { sequence, batch, lost_batches, lost_readings } = batch;
+        let mut violations = Violations::new();
+        check_numbers(&mut violations, sequence, lost_batches, lost_readings);
+        if self.stream_id.is_none() {
+            violations.add("hello.stream_id", "it was empty: a stream with batches needs one");
+        }
+        violations.into_result()?;
+        let stream_id = self.stream_id.ok_or(Error::Internal)?;
+        let envelope = Envelope { sequence, batch, lost_batches, lost_readings };
+        let pending = self.api.ingest.submit(&self.device, stream_id, envelope).await?;
+        self.pending.push_back(pending.reply().boxed());
+        Ok(())
+    }
+
+    /// Acknowledges a batch, and with it all behind it that are already dealt with.
+    async fn acknowledge(&mut self, sequence: u64, reply: Result<Reply, Error>) -> Result<(), Status> {
+        let mut ack = pb::BatchAck::default();
+        let mut next = Some((sequence, reply));
+        let (mut gap, mut failed) = (None, None);
+        while let Some((sequence, reply)) = next {
+            let Reply { outcome, durable_through } = match reply {
+                Ok(reply) => reply,
+                Err(error) => {
+                    // Only after what is known of the batches before it is told: a rejection is told once.
+                    failed = Some(error);
+                    break;
+                }
+            };
+            match outcome {
+                Outcome::Gap { expected } => {
+                    gap = gap.or(Some(pb::SequenceGap { expected_sequence: expected, received_sequence: sequence }))
+                }
+                Outcome::Stored { .. } => {
+                    ack.last_durable_sequence = durable_through;
+                    // The hole before it is closed.
+                    gap = None;
+                }
+                Outcome::Duplicate { .. } => {
+                    ack.last_durable_sequence = durable_through;
+                    ack.duplicate_batches += 1;
+                }
+                Outcome::Rejected(reject) => {
+                    ack.last_durable_sequence = durable_through;
+                    ack.rejected.push(rejected_batch(sequence, &reject));
+                    gap = None;
+                }
+            }
+            next = self.pending.next().now_or_never().flatten();
+        }
+        if ack.last_durable_sequence > 0 {
+            self.gap_told = self.gap_told.filter(|&expected| ack.last_durable_sequence < expected);
+            self.send(connect_response::Message::Ack(ack)).await;
+        }
+        if let Some(gap) = gap
+            && self.gap_told != Some(gap.expected_sequence)
+        {
+            self.gap_told = Some(gap.expected_sequence);
+            self.send(connect_response::Message::SequenceGap(gap)).await;
+        }
+        failed.map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    /// Sends the latest configuration, unless the device has it. A device that was deleted meanwhile is told that it was.
+    async fn send_config(&mut self) -> Result<(), Status> {
+        self.device.check()?;
+        let Some((desired, _)) = self.api.configs.state(self.device.key).await.map_err(Failure::from)? else { return Ok(()) };
+        if desired.revision <= self.known_revision {
+            return Ok(());
+        }
+        let damaged = |why| Failure::from(StoreError::Damaged(format!("revision {} of {}: {why}", desired.revision, self.device.id)));
+        let config = serde_json::from_str(&desired.config).map_err(damaged)?;
+        let update = pb::ConfigUpdate { revision: desired.revision, config: Some(structs::from_json(&config)) };
+        self.send(connect_response::Message::ConfigUpdate(update)).await;
+        self.known_revision = desired.revision;
+        self.api.configs.note_delivered(&self.device, desired.revision).await.map_err(Failure::from)?;
+        Ok(())
+    }
+
+    // Borrows nothing of the link, whose pending replies can't be shared between threads.
+    fn send(&self, message: connect_response::Message) -> impl Future<Output = ()> + use<'a> {
+        let outbound = self.outbound;
+        async move { outbound.send(pb::ConnectResponse { message: Some(message) }).await }
+    }
+}
+
+/// The revision that the device runs with, when its report on it is in the store.
+fn reported_on(state: &ConfigStateRow, applied_revision: u64) -> Option<u64> {
+    let reported = state.reported.as_ref()?;
+    let known = reported.revision == state.desired_revision
+        && (reported.outcome != ConfigOutcome::Applied || reported.revision == applied_revision);
+    known.then_some(reported.revision)
+}
+
+fn parse_report(report: pb::ConfigReport) -> Result<ConfigReportRow, Error> {
+    let mut violations = Violations::new();
+    if report.revision == 0 {
+        violations.add("config_report.revision", "0 is not a revision");
+    }
+    if report.detail.len() > DETAIL_BYTES_MAX {
+        violations.add("config_report.detail", format!("{} bytes: at most {DETAIL_BYTES_MAX} are allowed", report.detail.len()));
+    }
+    let outcome = ConfigOutcome::from_code(report.outcome);
+    let outcome = violations.check("config_report.outcome", outcome.ok_or_else(|| format!("{} is not an outcome", report.outcome)));
+    violations.into_result()?;
+    let outcome = outcome.ok_or(Error::Internal)?;
+    Ok(ConfigReportRow { revision: report.revision, outcome, detail: report.detail, time: Timestamp::now() })
+}

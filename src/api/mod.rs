@@ -1,0 +1,24 @@
+//! The gRPC services, one a file. Each parses, calls, and encodes; what it calls knows nothing of the wire.
+
+mod config;
+mod desk;
+mod device;
+mod device_link;
+pub(crate) mod driven;
+mod live;
+mod parse;
+mod reading;
+mod telemetry;
+
+pub use config::ConfigApi;
+pub use device::DeviceApi;
+pub use device_link::DeviceLinkApi;
+pub use live::LiveApi;
+pub use reading::ReadingApi;
+pub use telemetry::TelemetryApi;
+
+use futures_util::stream::BoxStream;
+use tonic::Status;
+
+/// What a streaming call answers with.
+type ResponseStream<T> = BoxStream<'static, Result<T, Status>>;

@@ -1,0 +1,188 @@
+//! `TelemetryService`: a device hands over one wake-up's batches.
+
+use super::parse;
+use crate::{
+    error::{Error, Failure, Violations},
+    fleet::{Device, Registry},
+    ingest::{Envelope, Ingest, Outcome, Pending, Reply, SEQUENCE_MAX},
+    model::{BatchReject, DeviceId, StreamId, batch::RejectReason},
+    pb::{self, telemetry_service_server::TelemetryService},
+    store::Store,
+};
+use futures_util::{StreamExt, stream::FuturesOrdered};
+use std::{collections::BTreeMap, sync::Arc};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+/// How many rejected batches an answer names one by one.
+const REJECTED_SHOWN_MAX: usize = 100;
+
+/// See the module.
+pub struct TelemetryApi {
+    /// Where batches go.
+    pub ingest: Ingest,
+    /// Whose they are.
+    pub registry: Registry,
+    /// Where stream ids stand.
+    pub store: Store,
+    /// Cancelled when the gateway is being stopped.
+    pub drain: CancellationToken,
+    /// How many batches of a call may wait for their commit.
+    pub unacknowledged_max: usize,
+}
+
+#[tonic::async_trait]
+impl TelemetryService for TelemetryApi {
+    async fn upload(&self, request: Request<Streaming<pb::UploadRequest>>) -> Result<Response<pb::UploadResponse>, Status> {
+        let mut inbound = request.into_inner();
+        let first = tokio::select! {
+            first = inbound.message() => first?,
+            () = self.drain.cancelled() => return Err(Error::Draining.into()),
+        };
+        let Some(first) = first else {
+            return Err(Error::invalid("device", "the call has no message; the first one names the device").into());
+        };
+        let (device, stream_id) = parse_first(&first)?;
+        let device = self.registry.get_or_register(&device).await?;
+        let mut upload = Upload { device, stream_id, last: 0, summary: Summary::default() };
+        let mut pending = FuturesOrdered::new();
+        pending.push_back(upload.submit(&self.ingest, first).await?.reply());
+        let mut open = true;
+        while open || !pending.is_empty() {
+            tokio::select! {
+                message = inbound.message(), if open && pending.len() < self.unacknowledged_max => match message? {
+                    Some(message) => {
+                        upload.check_same(&message)?;
+                        pending.push_back(upload.submit(&self.ingest, message).await?.reply());
+                    }
+                    None => open = false,
+                },
+                Some((sequence, reply)) = pending.next() => upload.take(sequence, reply?)?,
+                // What was taken is committed and told; the device goes on elsewhere.
+                () = self.drain.cancelled(), if open => open = false,
+            }
+        }
+        Ok(Response::new(upload.summary.into_response(upload.last)))
+    }
+
+    async fn get_upload_position(
+        &self,
+        request: Request<pb::GetUploadPositionRequest>,
+    ) -> Result<Response<pb::GetUploadPositionResponse>, Status> {
+        let request = request.into_inner();
+        let mut violations = Violations::new();
+        let device = violations.check("device", DeviceId::parse(&request.device));
+        let stream_id = parse::stream_id(&mut violations, &request.stream_id);
+        let (Some(device), Some(stream_id)) = (device, stream_id) else { return Err(violations.into_error().into()) };
+        let last_durable_sequence = match self.registry.get(&device).await {
+            Ok(device) => self.store.last_sequence(device.key, stream_id).await.map_err(Failure::from)?,
+            Err(Failure::Refused(Error::DeviceNotFound(_))) => 0,
+            Err(failure) => return Err(failure.into()),
+        };
+        Ok(Response::new(pb::GetUploadPositionResponse { last_durable_sequence }))
+    }
+}
+
+fn parse_first(first: &pb::UploadRequest) -> Result<(DeviceId, StreamId), Error> {
+    let mut violations = Violations::new();
+    let device = violations.check("device", DeviceId::parse(&first.device));
+    let stream_id = parse::stream_id(&mut violations, &first.stream_id);
+    check_numbers(&mut violations, first.sequence, first.lost_batches, first.lost_readings);
+    violations.into_result()?;
+    device.zip(stream_id).ok_or(Error::Internal)
+}
+
+/// Checks what numbers a batch; it is the same on every way that a batch comes in.
+pub fn check_numbers(violations: &mut Violations, sequence: u64, lost_batches: u64, lost_readings: u64) {
+    if !(1..=SEQUENCE_MAX).contains(&sequence) {
+        violations.add("sequence", format!("{sequence} is not in 1 to 2^63-1"));
+    } else if lost_batches >= sequence {
+        violations.add("lost_batches", format!("{lost_batches}: there are only {} sequences before {sequence}", sequence - 1));
+    }
+    if lost_readings > SEQUENCE_MAX {
+        violations.add("lost_readings", format!("{lost_readings} is not in 0 to 2^63-1"));
+    }
+}
+
+/// A rejection as the device is told.
+pub fn rejected_batch(sequence: u64, reject: &BatchReject) -> pb::RejectedBatch {
+    let BatchReject { reason, field, message, readings } = reject;
+    pb::RejectedBatch { sequence, reason: *reason as i32, field: field.clone(), message: message.clone(), readings: *readings }
+}
+
+/// One call.
+struct Upload {
+    device: Arc<Device>,
+    stream_id: StreamId,
+    last: u64,
+    summary: Summary,
+}
+
+impl Upload {
+    fn check_same(&self, message: &pb::UploadRequest) -> Result<(), Error> {
+        let mut violations = Violations::new();
+        if !message.device.is_empty() && message.device != self.device.id.as_str() {
+            violations.add("device", format!("the call is of device {}: another one needs a call of its own", self.device.id));
+        }
+        if !message.stream_id.is_empty() && *message.stream_id != *self.stream_id.as_bytes() {
+            violations.add("stream_id", format!("the call is of stream {}: another one needs a call of its own", self.stream_id));
+        }
+        check_numbers(&mut violations, message.sequence, message.lost_batches, message.lost_readings);
+        violations.into_result()
+    }
+
+    async fn submit(&self, ingest: &Ingest, message: pb::UploadRequest) -> Result<Pending, Error> {
+        let pb::UploadRequest { sequence, batch, lost_batches, lost_readings, .. } = message;
+        ingest.submit(&self.device, self.stream_id, Envelope { sequence, batch, lost_batches, lost_readings }).await
+    }
+
+    fn take(&mut self, sequence: u64, reply: Reply) -> Result<(), Error> {
+        self.last = self.last.max(reply.durable_through);
+        match reply.outcome {
+            Outcome::Stored { readings } => add(&mut self.summary.accepted, readings),
+            Outcome::Duplicate { readings } => add(&mut self.summary.duplicate, readings),
+            Outcome::Rejected(reject) => self.summary.add_rejected(sequence, &reject),
+            Outcome::Gap { expected } => {
+                let device = self.device.id.clone();
+                return Err(Error::SequenceGap { device, stream_id: self.stream_id, expected, received: sequence });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn add(tally: &mut pb::Tally, readings: u64) {
+    tally.batches += 1;
+    tally.readings += readings;
+}
+
+#[derive(Default)]
+struct Summary {
+    accepted: pb::Tally,
+    duplicate: pb::Tally,
+    rejected: Vec<pb::RejectedBatch>,
+    rejected_counts: BTreeMap<i32, pb::RejectedCount>,
+}
+
+impl Summary {
+    fn add_rejected(&mut self, sequence: u64, reject: &BatchReject) {
+        let reason: RejectReason = reject.reason;
+        let count = self.rejected_counts.entry(reason as i32).or_default();
+        count.reason = reason as i32;
+        count.batches += 1;
+        count.readings += reject.readings;
+        if self.rejected.len() < REJECTED_SHOWN_MAX {
+            self.rejected.push(rejected_batch(sequence, reject));
+        }
+    }
+
+    fn into_response(self, last_durable_sequence: u64) -> pb::UploadResponse {
+        pb::UploadResponse {
+            last_durable_sequence,
+            accepted: Some(self.accepted),
+            duplicate: Some(self.duplicate),
+            rejected_counts: self.rejected_counts.into_values().collect(),
+            rejected: self.rejected,
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! Guarantee: open calls end well at a drain and at the latest at the cut; no peer can take the listener down or keep a place.
+
+use crate::{
+    middleware::tests::support::{Gateway, LARGE_MESSAGES, eventually, follow, position_of, soon},
+    pb::UploadRequest,
+};
+use futures_util::StreamExt;
+use std::time::Duration;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::mpsc,
+};
+use tokio_stream::wrappers::ReceiverStream;
+
+#[tokio::test]
+async fn a_drain_lets_open_calls_end_and_takes_no_new_connections() {
+    let gateway = Gateway::start(|_| ()).await;
+    let (send, requests) = mpsc::channel(4);
+    let mut client = gateway.telemetry().await;
+    let upload = tokio::spawn(async move { client.upload(ReceiverStream::new(requests)).await });
+    send.send(UploadRequest { sequence: 1, ..Default::default() }).await.expect("the call is open");
+    eventually("the call is open", || gateway.services.at_work() == 1).await;
+    let mut idle = gateway.telemetry().await;
+    idle.get_upload_position(position_of("")).await.expect("it answers");
+
+    gateway.stop.drain.cancel();
+    eventually("connections without calls are closed", || gateway.value("tidegate_grpc_connections_open") == 1.0).await;
+    TcpStream::connect(gateway.address).await.expect_err("the socket is closed");
+    drop(idle);
+
+    send.send(UploadRequest { sequence: 2, ..Default::default() }).await.expect("the call goes on");
+    drop(send);
+    let response = soon("the response", upload).await.expect("no panic").expect("the call ends well");
+    assert_eq!(response.into_inner().last_durable_sequence, 2);
+    soon("all is closed without a cut", gateway.serving).await.expect("no panic");
+    assert_eq!(gateway.calls.open(), 0);
+}
+
+#[tokio::test]
+async fn a_response_is_whole_although_the_drain_begins_before_it_is_read() {
+    let gateway = Gateway::start(|_| ()).await;
+    let mut messages = gateway.live().await.follow(follow("large")).await.expect("it begins").into_inner();
+    soon("the first message", messages.message()).await.expect("well").expect("a message");
+    gateway.stop.drain.cancel();
+    eventually("the socket is closed", || std::net::TcpStream::connect(gateway.address).is_err()).await;
+    assert_eq!(gateway.services.at_work(), 1, "flow control holds the rest back");
+
+    let rest = messages.map(|message| message.expect("not cut")).count();
+    assert_eq!(soon("the end", rest).await, LARGE_MESSAGES);
+    soon("all is closed without a cut", gateway.serving).await.expect("no panic");
+}
+
+#[tokio::test]
+async fn a_cut_ends_what_is_left() {
+    let gateway = Gateway::start(|_| ()).await;
+    let mut messages = gateway.live().await.follow(follow("hang")).await.expect("it begins").into_inner();
+    soon("the first message", messages.message()).await.expect("well").expect("a message");
+    gateway.stop.drain.cancel();
+    eventually("the socket is closed", || std::net::TcpStream::connect(gateway.address).is_err()).await;
+    assert_eq!((gateway.services.at_work(), gateway.serving.is_finished()), (1, false));
+
+    gateway.stop.cut.cancel();
+    soon("all is closed", gateway.serving).await.expect("no panic");
+    assert_eq!((gateway.services.at_work(), gateway.calls.open()), (0, 0), "no work is left when serve returns");
+    soon("the client sees it", messages.message()).await.expect_err("the connection was closed");
+}
+
+#[tokio::test]
+async fn a_connection_above_the_limit_waits_for_its_turn() {
+    let gateway = Gateway::start(|config| config.connections_max = 1).await;
+    let mut first = gateway.telemetry().await;
+    first.get_upload_position(position_of("")).await.expect("it answers");
+    // In the listen queue: the operating system has answered, the gateway has not.
+    let second = TcpStream::connect(gateway.address).await.expect("there is room in the queue");
+    first.get_upload_position(position_of("")).await.expect("it answers");
+    assert_eq!(gateway.value("tidegate_grpc_connections_total"), 1.0);
+
+    drop(first);
+    eventually("the second is accepted", || gateway.value("tidegate_grpc_connections_total") == 2.0).await;
+    assert_eq!(gateway.value("tidegate_grpc_connections_open"), 1.0);
+    drop(second);
+    eventually("it is closed", || gateway.value("tidegate_grpc_connections_open") == 0.0).await;
+}
+
+#[tokio::test]
+async fn who_connects_and_says_nothing_does_not_keep_a_place() {
+    let gateway = Gateway::start(|config| config.keepalive_timeout = Duration::from_millis(50)).await;
+    let mut silent = TcpStream::connect(gateway.address).await.expect("it listens");
+    silent.write_all(b"PRI * HTTP").await.expect("a part of the preface");
+    assert_eq!(soon("the end", silent.read(&mut [0; 64])).await.unwrap_or(0), 0, "it is closed");
+    eventually("it is closed", || gateway.value("tidegate_grpc_connections_open") == 0.0).await;
+}
+
+#[tokio::test]
+async fn other_protocols_do_no_harm() {
+    let gateway = Gateway::start(|_| ()).await;
+    for noise in [&b"GET / HTTP/1.1\r\nhost: gateway\r\n\r\n"[..], &[0xff; 4096]] {
+        let mut stream = TcpStream::connect(gateway.address).await.expect("it listens");
+        stream.write_all(noise).await.expect("it is taken");
+        let mut answer = Vec::new();
+        // Closed, perhaps after a GOAWAY, perhaps with a reset.
+        let _ = soon("the end", stream.read_to_end(&mut answer)).await;
+    }
+    gateway.telemetry().await.get_upload_position(position_of("")).await.expect("it serves on");
+}
+
+#[tokio::test]
+async fn one_connection_carries_many_calls_at_once() {
+    let gateway = Gateway::start(|_| ()).await;
+    let client = gateway.live().await;
+    let streams = futures_util::stream::iter(0..200).map(|_| {
+        let mut client = client.clone();
+        async move { client.follow(follow("")).await.expect("it begins").into_inner().count().await }
+    });
+    let messages: usize = streams.buffer_unordered(100).fold(0, async |sum, count| sum + count).await;
+    assert_eq!((messages, gateway.value("tidegate_grpc_connections_total")), (200, 1.0));
+}

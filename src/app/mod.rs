@@ -1,0 +1,290 @@
+//! The gateway as a whole: build, run, drain. The one module that knows all others.
+
+mod health;
+pub mod listener;
+pub mod signals;
+
+use crate::{
+    api::{ConfigApi, DeviceApi, DeviceLinkApi, LiveApi, ReadingApi, TelemetryApi},
+    config::Config,
+    fleet::{Configs, Registry, reconciler},
+    history::Reader,
+    http::HttpServer,
+    ingest::{
+        Ingest,
+        writer::{self, Writer},
+    },
+    live::{Latest, Tail, follower::Sources},
+    middleware::{CallTracker, stack},
+    pb,
+    store::{Store, StoreError},
+    telemetry::{Metrics, Readiness},
+};
+use listener::{Listener, Stop};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+use tokio::{
+    sync::Notify,
+    task::{JoinError, JoinHandle, JoinSet},
+    time::{Instant, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+/// The readiness component that speaks for the gateway's own life: starting, serving, stopping.
+const COMPONENT: &str = "gateway";
+/// What is kept of the grace period for writing down what is in memory.
+const CLOSING_RESERVE: Duration = Duration::from_millis(500);
+/// How long connections without calls are given to close. A peer that lost its network never answers the GOAWAY, and a fleet
+/// always has some of these.
+const CONNECTION_LINGER: Duration = Duration::from_secs(1);
+
+/// Why the gateway can't start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The store can't be opened.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// An address can't be listened on.
+    #[error("cannot listen on {address} ({setting}): is another program there?")]
+    Listen {
+        /// The setting that holds the address.
+        setting: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The descriptor set can't be served.
+    #[error("the reflection service can't be built")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+/// A gateway that is ready to run.
+pub struct Gateway {
+    config: Config,
+    store: Store,
+    writer: Writer,
+    latest: Arc<Latest>,
+    registry: Registry,
+    purge: Arc<Notify>,
+    metrics: Metrics,
+    readiness: Readiness,
+    health: health::Health,
+    calls: CallTracker,
+    stop: Stop,
+    routes: Routes,
+    listener: Listener,
+    http: HttpServer,
+}
+
+impl Gateway {
+    /// Opens the store, catches up with it, and binds both addresses; nothing is served yet.
+    pub async fn build(config: Config) -> Result<Self, StartError> {
+        let metrics = Metrics::new();
+        let readiness = Readiness::starting(&[COMPONENT, writer::COMPONENT]);
+        // Before the store is opened: what can't be listened on should not touch the data.
+        let listen_error = |setting, address| move |source| StartError::Listen { setting, address, source };
+        let listener = Listener::bind(&config.grpc, &metrics).await.map_err(listen_error("grpc.listen", config.grpc.listen))?;
+        let http = HttpServer::bind(config.http.listen).await.map_err(listen_error("http.listen", config.http.listen))?;
+
+        let store = Store::open(&config.storage).await?;
+        let registry = Registry::new(store.clone(), config.devices.auto_register, config.devices.devices_max);
+        let configs = Configs::new(store.clone(), config.devices.config_bytes_max);
+        let tail = Arc::new(Tail::new(store.last_position().await?, config.live.tail_bytes_max));
+        let latest = Arc::new(Latest::load(&store, &registry).await?);
+        let (ingest, writer) =
+            writer::writer(&config, store.clone(), registry.clone(), tail.clone(), latest.clone(), &metrics, readiness.clone());
+        ingest.show_pending(&metrics);
+
+        let stop = Stop::default();
+        let purge = Arc::new(Notify::new());
+        let sources = Sources { store: store.clone(), tail, latest: latest.clone(), registry: registry.clone(), drain: stop.drain.clone() };
+        let (health, health_service) = health::Health::new();
+        health.set(false).await;
+        let services = Services { config: &config, ingest, registry: &registry, configs: &configs, sources, purge: &purge };
+        let routes = services.routes()?.add_service(health_service);
+        let calls = CallTracker::new();
+        Ok(Self { config, store, writer, latest, registry, purge, metrics, readiness, health, calls, stop, routes, listener, http })
+    }
+
+    /// Where gRPC is served, with the port that was bound.
+    pub fn grpc_addr(&self) -> SocketAddr {
+        self.listener.local_addr()
+    }
+
+    /// Where metrics and probes are served, with the port that was bound.
+    pub fn http_addr(&self) -> SocketAddr {
+        self.http.local_addr()
+    }
+
+    /// Serves until `stop_signal`, then drains: says NOT_SERVING, takes no more calls, lets the open ones end, commits what
+    /// was taken. Returns whether all that came to its end within the grace period.
+    pub async fn run_until(self, stop_signal: impl Future<Output = ()>) -> bool {
+        let Self { config, store, writer, latest, registry, purge, metrics, readiness, health, calls, stop, routes, listener, http } = self;
+        let background = CancellationToken::new();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(metrics.clone().run_upkeep(background.clone()));
+        tasks.spawn(latest.clone().run(store.clone(), background.clone()));
+        let interval = config.devices.reconcile_interval;
+        tasks.spawn(reconciler::run(store.clone(), registry, interval, background.clone()));
+        tasks.spawn(run_purge(store.clone(), purge, background.clone()));
+        tasks.spawn(health.clone().follow(readiness.clone(), metrics.clone(), background.clone()));
+        let http_stop = background.clone();
+        let (http_metrics, http_readiness) = (metrics.clone(), readiness.clone());
+        tasks.spawn(async move {
+            if let Err(error) = http.serve(http_metrics, http_readiness, http_stop).await {
+                tracing::error!(%error, "http.failed");
+            }
+        });
+
+        let mut writing = tokio::spawn(writer.run());
+        let service = stack(&config.grpc, &metrics, &calls, &stop.drain, routes);
+        let mut serving = tokio::spawn(listener.serve(service, stop.clone()));
+        readiness.set(writer::COMPONENT, Ok(()));
+        readiness.set(COMPONENT, Ok(()));
+
+        // Both run as long as the gateway does: if one ends, it has failed, and a restart is better than half a gateway.
+        let failed = tokio::select! {
+            () = stop_signal => false,
+            ended = &mut writing => failed("writer", ended),
+            ended = &mut serving => failed("listener", ended),
+        };
+        let deadline = Instant::now() + config.shutdown.grace;
+        tracing::info!(grace = ?config.shutdown.grace, open_calls = calls.open(), "gateway.draining");
+        readiness.set(COMPONENT, Err("being stopped".to_owned()));
+        // At once, and not when the task that follows the readiness comes to it: the probes must know before the GOAWAY.
+        health.set(false).await;
+        tokio::time::sleep(config.shutdown.notice).await;
+        stop.drain.cancel();
+
+        let cut_at = deadline - CLOSING_RESERVE.min(config.shutdown.grace / 2);
+        let idle = timeout_at(cut_at, calls.wait_idle()).await.is_ok();
+        if !idle {
+            tracing::warn!(open_calls = calls.open(), "gateway.cut: the grace period is over, what is left is cut off");
+        } else if !ended_by(cut_at.min(Instant::now() + CONNECTION_LINGER), &mut serving).await {
+            tracing::debug!("gateway.cut: no call is open; peers that do not close their connections are gone");
+        }
+        stop.cut.cancel();
+        // With the last connection the last service is gone, and with that the last way to the writer, which then ends.
+        let served = idle && ended_by(deadline, &mut serving).await;
+        let committed = ended_by(deadline, &mut writing).await;
+        background.cancel();
+        // Before the last save, so that none of theirs is in between.
+        let _ = timeout_at(deadline.min(Instant::now() + CONNECTION_LINGER), async { while tasks.join_next().await.is_some() {} }).await;
+        tasks.shutdown().await;
+        // A disk that hangs must not keep the process: what is not written down now the next start reads from the log.
+        let saved = matches!(timeout_at(deadline, latest.save(&store)).await, Ok(Ok(())));
+        let closed = timeout_at(deadline, store.close()).await.is_ok();
+        let in_time = served && committed && closed;
+        tracing::info!(in_time, latest_saved = saved, "gateway.stopped");
+        in_time && !failed
+    }
+}
+
+/// Notes that a part of the gateway has ended by itself.
+fn failed(part: &str, ended: Result<(), JoinError>) -> bool {
+    let why = ended.err().map(|error| error.to_string());
+    tracing::error!(part, why, "gateway.failed: a part of the gateway has ended, so that it stops as a whole");
+    true
+}
+
+/// Waits for a task until a deadline; whether it has ended. One that has ended before is not waited for again.
+async fn ended_by(deadline: Instant, task: &mut JoinHandle<()>) -> bool {
+    task.is_finished() || timeout_at(deadline, task).await.is_ok()
+}
+
+/// What the services are made of.
+struct Services<'a> {
+    config: &'a Config,
+    ingest: Ingest,
+    registry: &'a Registry,
+    configs: &'a Configs,
+    sources: Sources,
+    purge: &'a Arc<Notify>,
+}
+
+impl Services<'_> {
+    fn routes(self) -> Result<Routes, StartError> {
+        let Self { config, ingest, registry, configs, sources, purge } = self;
+        let message_bytes_max = config.grpc.message_bytes_max;
+        let unacknowledged_max = config.ingest.unacknowledged_batches_max;
+        let (store, drain) = (sources.store.clone(), sources.drain.clone());
+        let telemetry = TelemetryApi {
+            ingest: ingest.clone(),
+            registry: registry.clone(),
+            store: store.clone(),
+            drain: drain.clone(),
+            unacknowledged_max,
+        };
+        let device_link = DeviceLinkApi {
+            ingest,
+            registry: registry.clone(),
+            configs: configs.clone(),
+            store: store.clone(),
+            drain: drain.clone(),
+            unacknowledged_max,
+        };
+        let device = DeviceApi {
+            registry: registry.clone(),
+            store: store.clone(),
+            latest: sources.latest.clone(),
+            purge: purge.clone(),
+            sensors_max: config.devices.sensors_max,
+        };
+        let config_api = ConfigApi { registry: registry.clone(), configs: configs.clone(), store: store.clone(), drain };
+        let reader = Reader::new(store, &config.query);
+        let reading = ReadingApi { registry: registry.clone(), reader };
+
+        macro_rules! service {
+            ($module:ident, $server:ident, $api:expr) => {
+                pb::$module::$server::new($api).max_decoding_message_size(message_bytes_max)
+            };
+        }
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(pb::DESCRIPTOR_SET)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
+        Ok(Routes::new(service!(telemetry_service_server, TelemetryServiceServer, telemetry))
+            .add_service(service!(device_link_service_server, DeviceLinkServiceServer, device_link))
+            .add_service(service!(live_service_server, LiveServiceServer, LiveApi { sources }))
+            .add_service(service!(config_service_server, ConfigServiceServer, config_api))
+            .add_service(service!(reading_service_server, ReadingServiceServer, reading))
+            .add_service(service!(device_service_server, DeviceServiceServer, device))
+            .add_service(reflection().build_v1()?)
+            // Older tools still ask by this name.
+            .add_service(reflection().build_v1alpha()?))
+    }
+}
+
+/// Deletes what deleted devices left: at the start, as a stop may have come in between, and after each deletion.
+async fn run_purge(store: Store, purge: Arc<Notify>, stop: CancellationToken) {
+    loop {
+        if let Err(error) = store.purge_deleted().await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "device.purge_failed: trying again after the next deletion or start");
+        }
+        if stop.run_until_cancelled(purge.notified()).await.is_none() {
+            return;
+        }
+    }
+}
+
+/// Runs a gateway until SIGTERM or ctrl-C. An error says why it could not start; `Ok(false)`, that the grace period was too
+/// short for it to end well.
+pub async fn serve(config: Config) -> anyhow::Result<bool> {
+    let signals = signals::Signals::install()?;
+    let gateway = Gateway::build(config).await?;
+    tracing::info!(
+        grpc = %gateway.grpc_addr(),
+        http = %gateway.http_addr(),
+        data_dir = %gateway.config.storage.data_dir.display(),
+        version = env!("CARGO_PKG_VERSION"),
+        "gateway.serving"
+    );
+    let insecure = gateway.config.insecure;
+    tracing::warn!(
+        "gateway.open: there are no credentials, so everybody who can connect can read and write{}",
+        if insecure { "; --insecure lets that be more than this machine" } else { "; only this machine can connect" }
+    );
+    Ok(gateway.run_until(signals.stop()).await)
+}

@@ -1,0 +1,79 @@
+//! The device side: what a device written in Rust uses to hand its readings to a gateway.
+//!
+//! A device pushes batches into a [`Queue`], in memory or on disk. An always-on device then keeps a [`DeviceLink`], which
+//! sends them as they come, takes configurations, and connects again whenever it must. A device that sleeps makes an
+//! [`Uploader`] when it wakes up. Either way a batch leaves the queue only when the gateway has it durably, and is stored
+//! exactly once however often the connection breaks.
+//!
+//! ```no_run
+//! use std::{path::Path, time::Duration};
+//! use tidegate::{
+//!     client::{BatchBuilder, ConfigDecision, DeviceLink, Queue, QueueLimits, connect_lazy},
+//!     model::{DeviceId, Timestamp, columns::Value},
+//! };
+//!
+//! # fn thermometer() -> f64 { 21.5 }
+//! #[tokio::main(flavor = "current_thread")]
+//! async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     let device = DeviceId::parse("boiler-7")?;
+//!     let queue = Queue::on_disk(Path::new("readings.sqlite"), QueueLimits::default()).await?;
+//!     let link = DeviceLink::builder(device, queue.clone(), connect_lazy("http://127.0.0.1:50051")?)
+//!         .config_handler(|revision: u64, config: &serde_json::Map<_, _>| {
+//!             println!("revision {revision}: {config:?}");
+//!             ConfigDecision::Applied
+//!         })
+//!         .start();
+//!
+//!     let mut batch = BatchBuilder::new();
+//!     for _ in 0..60 {
+//!         batch.push("temperature", "Cel", Timestamp::now().micros(), Value::Double(thermometer()));
+//!         tokio::time::sleep(Duration::from_secs(1)).await;
+//!     }
+//!     if let Some(batch) = batch.finish() {
+//!         queue.push(batch).await?;
+//!     }
+//!     link.flush().await;
+//!     link.stop().await;
+//!     Ok(())
+//! }
+//! ```
+
+pub mod backoff;
+pub mod batch;
+pub mod link;
+pub mod queue;
+pub mod uploader;
+
+#[cfg(test)]
+mod fake;
+
+pub use backoff::{Backoff, BackoffSettings};
+pub use batch::{BatchBuilder, EncodedBatch};
+pub use link::{ConfigDecision, ConfigHandler, DeviceLink, LinkError, LinkEvent, LinkObserver, LinkSettings};
+pub use queue::{Queue, QueueError, QueueLimits, QueueStatus, Resumed, WhenFull};
+pub use uploader::{UploadError, UploadSummary, Uploader, UploaderSettings};
+
+use std::time::Duration;
+use tonic::transport::{Channel, Endpoint};
+
+/// How long a connection may take to come about.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// A silent connection is asked after this time whether it is alive, so that a cut cable is noticed.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
+/// How long the answer may take.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A channel to the gateway at `endpoint`, such as `http://127.0.0.1:50051`. It connects when it is first used, and again
+/// whenever it has to; several devices may share it.
+///
+/// # Errors
+/// When `endpoint` is not a URI.
+pub fn connect_lazy(endpoint: &str) -> Result<Channel, tonic::transport::Error> {
+    let endpoint = Endpoint::from_shared(endpoint.to_owned())?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .keep_alive_while_idle(true);
+    Ok(endpoint.connect_lazy())
+}

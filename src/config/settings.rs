@@ -1,0 +1,260 @@
+//! The list of settings.
+
+use figment::value::Value;
+use std::{fmt, net::SocketAddr, ops::RangeInclusive, time::Duration};
+
+/// One setting.
+#[derive(Debug)]
+pub struct Setting {
+    /// Its place in the TOML file: `section.name`.
+    pub key: &'static str,
+    /// What it means.
+    pub doc: &'static str,
+    /// Which values it takes.
+    pub allowed: Allowed,
+}
+
+/// Which values a setting takes.
+#[derive(Debug, Clone)]
+pub enum Allowed {
+    /// IP address and port; port 0 picks a free one.
+    Address,
+    /// `true` or `false`.
+    Flag,
+    /// A directory.
+    Path,
+    /// A number of things.
+    Count(RangeInclusive<u64>),
+    /// A number of bytes.
+    Bytes(RangeInclusive<u64>),
+    /// Such as `250ms`, `30s`, `1h 30m`.
+    Duration(RangeInclusive<Duration>),
+    /// One of these words.
+    OneOf(&'static [&'static str]),
+    /// Directives of `tracing_subscriber::EnvFilter`.
+    LogFilter,
+}
+
+impl Setting {
+    /// The environment variable: `TIDEGATE_GRPC_LISTEN`.
+    pub fn variable(&self) -> String {
+        format!("TIDEGATE_{}", self.key.to_uppercase().replace('.', "_"))
+    }
+
+    /// The flag: `--grpc-listen`.
+    pub fn flag(&self) -> String {
+        format!("--{}", self.key.replace(['.', '_'], "-"))
+    }
+}
+
+impl Allowed {
+    /// Whether `value` is allowed.
+    pub fn takes(&self, value: &Value) -> bool {
+        let number = value
+            .to_u128()
+            .and_then(|number| u64::try_from(number).ok())
+            .or_else(|| value.to_i128().and_then(|number| u64::try_from(number).ok()));
+        match self {
+            Self::Address => value.as_str().is_some_and(|text| text.parse::<SocketAddr>().is_ok()),
+            Self::Flag => value.to_bool().is_some(),
+            Self::Path => value.as_str().is_some_and(|text| !text.is_empty()),
+            Self::Count(range) | Self::Bytes(range) => number.is_some_and(|number| range.contains(&number)),
+            Self::Duration(range) => value.as_str().and_then(super::parse_duration).is_some_and(|duration| range.contains(&duration)),
+            Self::OneOf(words) => value.as_str().is_some_and(|text| words.contains(&text)),
+            Self::LogFilter => value.as_str().is_some_and(|text| text.parse::<tracing_subscriber::EnvFilter>().is_ok()),
+        }
+    }
+
+    /// What stands for the value in `--help`.
+    pub fn value_name(&self) -> &'static str {
+        match self {
+            Self::Address => "IP:PORT",
+            Self::Flag => "BOOL",
+            Self::Path => "DIR",
+            Self::Count(_) => "N",
+            Self::Bytes(_) => "BYTES",
+            Self::Duration(_) => "DURATION",
+            Self::OneOf(_) => "WORD",
+            Self::LogFilter => "FILTER",
+        }
+    }
+}
+
+impl fmt::Display for Allowed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address => f.write_str("IP:PORT"),
+            Self::Flag => f.write_str("true or false"),
+            Self::Path => f.write_str("a directory"),
+            Self::Count(range) => write!(f, "{} to {}", range.start(), range.end()),
+            Self::Bytes(range) => write!(f, "{} to {} bytes", range.start(), range.end()),
+            Self::Duration(range) => write!(f, "a duration of {:#} to {:#}", friendly(range.start()), friendly(range.end())),
+            Self::OneOf(words) => f.write_str(&words.join(" or ")),
+            Self::LogFilter => f.write_str("directives such as info or info,tidegate=debug"),
+        }
+    }
+}
+
+fn friendly(duration: &Duration) -> jiff::SignedDuration {
+    jiff::SignedDuration::try_from(*duration).unwrap_or(jiff::SignedDuration::MAX)
+}
+
+const fn seconds(range: RangeInclusive<u64>) -> Allowed {
+    Allowed::Duration(Duration::from_secs(*range.start())..=Duration::from_secs(*range.end()))
+}
+
+const fn setting(key: &'static str, allowed: Allowed, doc: &'static str) -> Setting {
+    Setting { key, doc, allowed }
+}
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+const DAY: u64 = 24 * 3600;
+
+/// Every setting, in the order of the commented file.
+pub static SETTINGS: &[Setting] = &[
+    setting(
+        "insecure",
+        Allowed::Flag,
+        "Listen on other than loopback addresses although there are no credentials: everybody who can connect can read and write.",
+    ),
+    setting("grpc.listen", Allowed::Address, "Where devices and operators connect."),
+    setting(
+        "grpc.connections_max",
+        Allowed::Count(1..=1_000_000),
+        "How many connections may be open at once; further ones wait in the listen queue.",
+    ),
+    setting(
+        "grpc.streams_per_connection_max",
+        Allowed::Count(1..=100_000),
+        "How many calls one connection may have open at once (SETTINGS_MAX_CONCURRENT_STREAMS, RFC 9113).",
+    ),
+    setting(
+        "grpc.stream_window_bytes",
+        Allowed::Bytes(1..=GIB),
+        "How much one call may send ahead of being read (HTTP/2 flow control). Bounds memory and, over slow links, speed: window / round trip time.",
+    ),
+    setting("grpc.connection_window_bytes", Allowed::Bytes(1..=GIB), "How much all calls of one connection may send ahead of being read."),
+    setting("grpc.header_bytes_max", Allowed::Bytes(KIB..=MIB), "How large the metadata of one call may be."),
+    setting(
+        "grpc.message_bytes_max",
+        Allowed::Bytes(KIB..=GIB),
+        "How large one message may be; a larger one ends its call with OUT_OF_RANGE.",
+    ),
+    setting("grpc.keepalive_interval", seconds(1..=DAY), "How long a connection may be silent before the gateway pings it."),
+    setting("grpc.keepalive_timeout", seconds(1..=DAY), "How long a ping may stay unanswered before the connection is ended."),
+    setting(
+        "grpc.unary_calls_max",
+        Allowed::Count(1..=1_000_000),
+        "How many unary calls may be worked on at once; further ones are refused with OVERLOADED.",
+    ),
+    setting(
+        "grpc.streaming_calls_max",
+        Allowed::Count(1..=10_000_000),
+        "How many streaming calls may be open at once; further ones are refused with OVERLOADED.",
+    ),
+    setting(
+        "grpc.unary_deadline_max",
+        seconds(1..=DAY),
+        "How long a unary call may take: the deadline where the client sets none, and the most that it may set.",
+    ),
+    setting(
+        "grpc.streaming_deadline_max",
+        seconds(1..=365 * DAY),
+        "How long a streaming call may last: the deadline where the client sets none, and the most that it may set.",
+    ),
+    setting("http.listen", Allowed::Address, "Where /metrics, /livez and /readyz are served."),
+    setting("storage.data_dir", Allowed::Path, "Where the embedded SQLite database is kept; made when it is not there."),
+    setting(
+        "storage.may_lose_commits_on_power_loss",
+        Allowed::Flag,
+        "Do not wait for the disk at each commit: faster on slow disks, but a power cut or a kernel crash loses the last acknowledged batches.",
+    ),
+    setting("storage.readers", Allowed::Count(1..=64), "How many connections read from the database at once."),
+    setting(
+        "ingest.pending_bytes_max",
+        Allowed::Bytes(64 * KIB..=64 * GIB),
+        "How many bytes of batches may wait for their commit; at the limit the gateway stops reading uploads (HTTP/2 flow control).",
+    ),
+    setting("ingest.commit_batches_max", Allowed::Count(1..=10_000), "How many batches one transaction commits at the most."),
+    setting(
+        "ingest.batch_bytes_max",
+        Allowed::Bytes(KIB..=256 * MIB),
+        "How large a batch may be, encoded; a larger one is rejected with TOO_LARGE.",
+    ),
+    setting(
+        "ingest.batch_readings_max",
+        Allowed::Count(1..=10_000_000),
+        "How many readings a batch may have; one with more is rejected with TOO_LARGE.",
+    ),
+    setting(
+        "ingest.unacknowledged_batches_max",
+        Allowed::Count(1..=10_000),
+        "How many batches of one call may wait for their commit before the gateway reads on.",
+    ),
+    setting(
+        "ingest.time_skew_max",
+        seconds(0..=100 * 365 * DAY),
+        "How much later than the gateway's clock a reading's time may be; later ones are rejected with TIME_IN_FUTURE.",
+    ),
+    setting(
+        "ingest.reading_age_max",
+        seconds(0..=10_000 * 365 * DAY),
+        "How old a reading may be when it is received; older ones are rejected with TIME_TOO_OLD. 0s: any age.",
+    ),
+    setting(
+        "ingest.rejected_batches_kept_max",
+        Allowed::Count(0..=1_000_000),
+        "How many rejected batches are kept for inspection; older ones are deleted, their counts stay.",
+    ),
+    setting(
+        "devices.auto_register",
+        Allowed::Flag,
+        "Register a device when it first uploads or connects; otherwise it must be created before.",
+    ),
+    setting(
+        "devices.devices_max",
+        Allowed::Count(1..=100_000_000),
+        "How many devices may be registered; a further one is refused with OVERLOADED.",
+    ),
+    setting(
+        "devices.sensors_max",
+        Allowed::Count(1..=100_000),
+        "How many sensors a device may have; a batch that brings more is rejected with TOO_MANY_SENSORS.",
+    ),
+    setting("devices.config_bytes_max", Allowed::Bytes(KIB..=MIB), "How large a device's configuration may be, as JSON."),
+    setting(
+        "devices.reconcile_interval",
+        seconds(1..=DAY),
+        "How often connected devices are compared with their desired configuration, to repair what a lost notification left.",
+    ),
+    setting(
+        "live.tail_bytes_max",
+        Allowed::Bytes(64 * KIB..=16 * GIB),
+        "How much of the log's end is kept in memory for followers; slower ones read the database.",
+    ),
+    setting(
+        "query.readings_max",
+        Allowed::Count(1..=1_000_000_000),
+        "How many readings one query may read; one with more is refused with QUERY_TOO_LARGE.",
+    ),
+    setting(
+        "query.bytes_max",
+        Allowed::Bytes(MIB..=64 * GIB),
+        "How much memory the readings of one query may take, about; one with more is refused with QUERY_TOO_LARGE.",
+    ),
+    setting(
+        "query.concurrent_max",
+        Allowed::Count(1..=1_000),
+        "How many queries are worked on at once, each until the client has taken its answer; further ones wait for 10 s, and are then refused with OVERLOADED.",
+    ),
+    setting(
+        "shutdown.notice",
+        Allowed::Duration(Duration::ZERO..=Duration::from_secs(3600)),
+        "How long the gateway still takes new calls after it said NOT_SERVING, so that load balancers look elsewhere first.",
+    ),
+    setting("shutdown.grace", seconds(1..=3600), "How long stopping may take in all; then what is left is cut off."),
+    setting("log.filter", Allowed::LogFilter, "What is logged to standard error."),
+    setting("log.format", Allowed::OneOf(&["text", "json"]), "How it is written."),
+];

@@ -1,0 +1,424 @@
+//! The registry of devices and sensors: the store's rows, kept at hand for the hot path.
+//!
+//! A [`Device`] is loaded when it is first asked for and then shared by all that have to do with it.
+
+use super::to_the_end;
+use crate::{
+    error::{Error, Failure},
+    model::{BatchReject, CheckedBatch, DeviceId, LabelSelector, Labels, Timestamp, batch::RejectReason, ids::quoted},
+    store::{DeviceKey, DeviceRow, SensorRow, Store, StoreError},
+};
+use parking_lot::RwLock;
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{
+        Arc,
+        atomic::{AtomicU8, AtomicUsize, Ordering},
+    },
+};
+use tokio::sync::{OnceCell, watch};
+
+/// The registry. Cheap to clone.
+#[derive(Clone)]
+pub struct Registry {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    store: Store,
+    auto_register: bool,
+    devices_max: usize,
+    // How many devices there are; counted when it is first needed.
+    registered: OnceCell<AtomicUsize>,
+    cache: RwLock<Cache>,
+}
+
+#[derive(Default)]
+struct Cache {
+    by_id: HashMap<DeviceId, Arc<Device>>,
+    by_key: HashMap<DeviceKey, Arc<Device>>,
+    // Deleted while this process runs.
+    buried: HashSet<DeviceKey>,
+}
+
+/// A registered device, as long as anybody needs it.
+pub struct Device {
+    /// Its number in the store.
+    pub key: DeviceKey,
+    /// Its id.
+    pub id: DeviceId,
+    row: RwLock<DeviceRow>,
+    sensors: RwLock<HashMap<String, SensorRow>>,
+    standing: AtomicU8,
+    config_poke: watch::Sender<()>,
+}
+
+// What a device's `standing` is.
+const REGISTERED: u8 = 0;
+const DELETED: u8 = 1;
+const UNKNOWN: u8 = 2;
+
+impl Device {
+    fn new(row: DeviceRow, sensors: Vec<SensorRow>) -> Self {
+        Self {
+            key: row.key,
+            id: row.id.clone(),
+            row: RwLock::new(row),
+            sensors: RwLock::new(sensors.into_iter().map(|sensor| (sensor.name.clone(), sensor)).collect()),
+            standing: AtomicU8::new(REGISTERED),
+            config_poke: watch::Sender::new(()),
+        }
+    }
+
+    /// What the store holds of it.
+    pub fn row(&self) -> DeviceRow {
+        self.row.read().clone()
+    }
+
+    /// Whether its labels match.
+    pub fn matches(&self, selector: &LabelSelector) -> bool {
+        selector.is_empty() || selector.matches(&self.row.read().labels)
+    }
+
+    /// Whether it was deleted.
+    pub fn is_deleted(&self) -> bool {
+        self.standing.load(Ordering::Acquire) == DELETED
+    }
+
+    /// Whether what is under way for it may go on: a deleted device is [`Error::DeviceNotFound`]; one of which it is not known
+    /// what the store holds, after a failed commit, is [`Error::StoreUnavailable`] until it is asked for anew.
+    pub fn check(&self) -> Result<(), Error> {
+        match self.standing.load(Ordering::Acquire) {
+            REGISTERED => Ok(()),
+            DELETED => Err(Error::DeviceNotFound(self.id.clone())),
+            _ => Err(Error::StoreUnavailable),
+        }
+    }
+
+    /// Why a change can't be made of the device as it is; the caller holds the transaction that would make it.
+    fn refusal(&self, row: &DeviceRow, etag_revision: Option<i64>) -> Option<Error> {
+        if let Err(error) = self.check() {
+            return Some(error);
+        }
+        let stale = etag_revision.is_some_and(|revision| revision != row.revision);
+        stale.then(|| Error::DeviceEtagMismatch { device: self.id.clone(), current: row.revision.to_string() })
+    }
+
+    /// A sensor by its name.
+    pub fn sensor(&self, name: &str) -> Option<SensorRow> {
+        self.sensors.read().get(name).cloned()
+    }
+
+    /// How many sensors it has.
+    pub fn sensors_len(&self) -> usize {
+        self.sensors.read().len()
+    }
+
+    /// Takes over sensors that are now in the store.
+    pub fn learn(&self, rows: impl IntoIterator<Item = SensorRow>) {
+        self.sensors.write().extend(rows.into_iter().map(|row| (row.name.clone(), row)));
+    }
+
+    /// Tells the device's link to compare desired and applied configuration. Carries no data: a lost or doubled poke harms nothing.
+    pub fn poke_config(&self) {
+        self.config_poke.send_replace(());
+    }
+
+    /// Wakes at each [`poke_config`](Self::poke_config) from now on.
+    pub fn config_pokes(&self) -> watch::Receiver<()> {
+        self.config_poke.subscribe()
+    }
+
+    /// Compares a batch with the device's sensors; `staged` are sensors of transactions that are not yet committed.
+    ///
+    /// Returns the rows that the batch makes or changes: sensors seen for the first time, and units said for the first time.
+    pub fn judge(
+        &self,
+        batch: &CheckedBatch,
+        staged: &HashMap<String, SensorRow>,
+        sensors_max: usize,
+        now: Timestamp,
+    ) -> Result<Vec<SensorRow>, BatchReject> {
+        let known = self.sensors.read();
+        let mut changes = Vec::new();
+        let mut new = 0;
+        for (name, used) in &batch.sensors {
+            let reject = |reason, field: &str, message| BatchReject {
+                reason,
+                field: field.to_owned(),
+                message,
+                readings: u64::from(batch.summary.readings),
+            };
+            let sensor = staged.get(name).or_else(|| known.get(name));
+            if let Some(field) = &used.non_finite
+                && !sensor.is_some_and(|sensor| sensor.allow_non_finite)
+            {
+                let message =
+                    format!("{} has NaN or an infinity, which the sensor does not allow (UpdateSensor can allow it)", quoted(name));
+                return Err(reject(RejectReason::NonFinite, field, message));
+            }
+            let Some(sensor) = sensor else {
+                new += 1;
+                changes.push(SensorRow {
+                    key: 0,
+                    name: name.clone(),
+                    unit: used.unit.clone(),
+                    kind: used.kind,
+                    allow_non_finite: false,
+                    create_time: now,
+                });
+                continue;
+            };
+            if sensor.kind != used.kind {
+                let message = format!("{} has {} values, and had {} values before", quoted(name), used.kind, sensor.kind);
+                return Err(reject(RejectReason::KindChanged, &used.field, message));
+            }
+            if !used.unit.is_empty() && used.unit != sensor.unit {
+                if !sensor.unit.is_empty() {
+                    let message = format!("{} has the unit {:?}, and had {:?} before", quoted(name), used.unit, sensor.unit);
+                    return Err(reject(RejectReason::UnitChanged, &used.field, message));
+                }
+                changes.push(SensorRow { unit: used.unit.clone(), ..sensor.clone() });
+            }
+        }
+        let staged_new = staged.keys().filter(|name| !known.contains_key(*name)).count();
+        if new > 0 && known.len() + staged_new + new > sensors_max {
+            let message = format!(
+                "{} sensors are known and the batch brings {new} more: at most {sensors_max} are allowed (devices.sensors_max)",
+                known.len() + staged_new
+            );
+            return Err(BatchReject {
+                reason: RejectReason::TooManySensors,
+                field: String::new(),
+                message,
+                readings: u64::from(batch.summary.readings),
+            });
+        }
+        Ok(changes)
+    }
+}
+
+impl Registry {
+    /// The registry of what `store` holds: at most `devices_max` devices.
+    pub fn new(store: Store, auto_register: bool, devices_max: usize) -> Self {
+        Self { shared: Arc::new(Shared { store, auto_register, devices_max, registered: OnceCell::new(), cache: RwLock::default() }) }
+    }
+
+    /// The device, or [`Error::DeviceNotFound`].
+    pub async fn get(&self, id: &DeviceId) -> Result<Arc<Device>, Failure> {
+        if let Some(device) = self.shared.cache.read().by_id.get(id) {
+            return Ok(device.clone());
+        }
+        match self.shared.store.device(id).await? {
+            Some(row) => self.load(row).await,
+            None => Err(Error::DeviceNotFound(id.clone()).into()),
+        }
+    }
+
+    /// The device for an upload: registered now if it is new and the settings allow it.
+    pub async fn get_or_register(&self, id: &DeviceId) -> Result<Arc<Device>, Failure> {
+        match self.get(id).await {
+            Err(Failure::Refused(Error::DeviceNotFound(_))) if self.shared.auto_register => {}
+            found => return found,
+        }
+        match self.create(id, Labels::default(), "").await {
+            // Somebody else was quicker, which is as well.
+            Err(Failure::Refused(Error::DeviceExists(_))) => self.get(id).await,
+            created => created,
+        }
+    }
+
+    /// The device with this number; `None` when it was deleted.
+    pub async fn by_key(&self, key: DeviceKey) -> Result<Option<Arc<Device>>, StoreError> {
+        if let Some(device) = self.shared.cache.read().by_key.get(&key) {
+            return Ok(Some(device.clone()));
+        }
+        match self.shared.store.device_by_key(key).await? {
+            None => Ok(None),
+            Some(row) => match self.load(row).await {
+                Ok(device) => Ok(Some(device)),
+                Err(Failure::Store(error)) => Err(error),
+                Err(Failure::Refused(_)) => Ok(None),
+            },
+        }
+    }
+
+    /// The device with this number, when it is loaded, as it is while anybody has to do with it.
+    pub fn loaded(&self, key: DeviceKey) -> Option<Arc<Device>> {
+        self.shared.cache.read().by_key.get(&key).cloned()
+    }
+
+    /// Registers a device.
+    pub async fn create(&self, id: &DeviceId, labels: Labels, display_name: &str) -> Result<Arc<Device>, Failure> {
+        let (registry, id, display_name) = (self.clone(), id.clone(), display_name.to_owned());
+        to_the_end(async move {
+            let shared = &registry.shared;
+            // Before the transaction: from then on the number is kept along.
+            let count = async || shared.store.devices_len().await.map(AtomicUsize::new);
+            let registered = shared.registered.get_or_try_init(count).await?;
+            let mut tx = shared.store.begin().await?;
+            let Some(row) = tx.insert_device(&id, &labels, &display_name, Timestamp::now()).await? else {
+                tx.rollback().await?;
+                return Err(Error::DeviceExists(id).into());
+            };
+            if registered.load(Ordering::Acquire) >= shared.devices_max {
+                tx.rollback().await?;
+                return Err(Error::Overloaded { setting: "devices.devices_max", limit: shared.devices_max }.into());
+            }
+            // After a failure it may be one too many, which the limit bears.
+            tx.commit_then(|_| {
+                registered.fetch_add(1, Ordering::AcqRel);
+            })
+            .await?;
+            registry.load(row).await
+        })
+        .await
+    }
+
+    /// Changes labels and display name of a device; `etag_revision`, when given, must be its revision.
+    pub async fn update(
+        &self,
+        device: &Arc<Device>,
+        etag_revision: Option<i64>,
+        change: impl FnOnce(&mut DeviceRow) + Send + 'static,
+    ) -> Result<DeviceRow, Failure> {
+        let (registry, device) = (self.clone(), device.clone());
+        to_the_end(async move {
+            let mut tx = registry.shared.store.begin().await?;
+            // Read with the transaction in hand, so that no other change is in between.
+            let mut row = device.row();
+            if let Some(refusal) = device.refusal(&row, etag_revision) {
+                tx.rollback().await?;
+                return Err(refusal.into());
+            }
+            let revision = row.revision;
+            change(&mut row);
+            let updated = tx.update_device(device.key, revision, &row.labels, &row.display_name, Timestamp::now()).await?;
+            let Some(updated) = updated else {
+                tx.rollback().await?;
+                registry.forget(&device);
+                return Err(Error::DeviceNotFound(device.id.clone()).into());
+            };
+            tx.commit_then(|committed| match committed {
+                true => device.row.write().clone_from(&updated),
+                false => registry.distrust(&device),
+            })
+            .await?;
+            Ok(updated)
+        })
+        .await
+    }
+
+    /// Registers or changes a sensor. Its kind is that of the sensor that is there, if one is.
+    pub async fn save_sensor(&self, device: &Arc<Device>, sensor: SensorRow) -> Result<SensorRow, Failure> {
+        let (registry, device) = (self.clone(), device.clone());
+        to_the_end(async move {
+            let mut tx = registry.shared.store.begin().await?;
+            if let Err(error) = device.check() {
+                tx.rollback().await?;
+                return Err(error.into());
+            }
+            let mut stored = tx.insert_sensor(device.key, &sensor).await?;
+            stored.allow_non_finite = sensor.allow_non_finite;
+            tx.set_sensor_allowance(&stored).await?;
+            tx.commit_then(|committed| match committed {
+                true => device.learn([stored.clone()]),
+                false => registry.distrust(&device),
+            })
+            .await?;
+            Ok(stored)
+        })
+        .await
+    }
+
+    /// Takes a device out of the registry, and then calls `gone`. What it left is deleted by [`Store::purge_deleted`].
+    pub async fn delete(
+        &self,
+        device: &Arc<Device>,
+        etag_revision: Option<i64>,
+        gone: impl FnOnce() + Send + 'static,
+    ) -> Result<(), Failure> {
+        let (registry, device) = (self.clone(), device.clone());
+        to_the_end(async move {
+            // The writer looks whether a device is deleted with its transaction in hand, as we hold ours now: either its
+            // batch is committed before, and purged, or it is refused.
+            let mut tx = registry.shared.store.begin().await?;
+            if let Some(refusal) = device.refusal(&device.row(), etag_revision) {
+                tx.rollback().await?;
+                return Err(refusal.into());
+            }
+            tx.delete_device(device.key).await?;
+            tx.commit_then(|committed| match committed {
+                true => registry.bury(&device),
+                false => registry.distrust(&device),
+            })
+            .await?;
+            // Whoever is linked as this device finds that it is gone.
+            device.poke_config();
+            gone();
+            Ok(())
+        })
+        .await
+    }
+
+    /// Devices in the order of their ids, behind the id `after`, that match: at most `devices_max`, and whether there are more.
+    pub async fn list(&self, selector: &LabelSelector, after: &str, devices_max: usize) -> Result<(Vec<DeviceRow>, bool), StoreError> {
+        const ROWS_PER_READ: usize = 1_000;
+        let (mut found, mut after) = (Vec::new(), after.to_owned());
+        loop {
+            let rows = self.shared.store.devices(&after, ROWS_PER_READ).await?;
+            let last_page = rows.len() < ROWS_PER_READ;
+            for row in rows {
+                after = row.id.to_string();
+                if selector.matches(&row.labels) {
+                    if found.len() == devices_max {
+                        return Ok((found, true));
+                    }
+                    found.push(row);
+                }
+            }
+            if last_page {
+                return Ok((found, false));
+            }
+        }
+    }
+
+    async fn load(&self, row: DeviceRow) -> Result<Arc<Device>, Failure> {
+        let sensors = self.shared.store.sensors(row.key).await?;
+        let loaded = Arc::new(Device::new(row, sensors));
+        let mut cache = self.shared.cache.write();
+        // It may have been deleted since its row was read: numbers are never used again, so this is for good.
+        if cache.buried.contains(&loaded.key) {
+            return Err(Error::DeviceNotFound(loaded.id.clone()).into());
+        }
+        // Somebody else may have loaded it meanwhile: all must share one.
+        let device = cache.by_key.entry(loaded.key).or_insert(loaded).clone();
+        cache.by_id.insert(device.id.clone(), device.clone());
+        Ok(device)
+    }
+
+    /// A deleted device is never found again.
+    fn bury(&self, device: &Device) {
+        device.standing.store(DELETED, Ordering::Release);
+        self.shared.cache.write().buried.insert(device.key);
+        if let Some(registered) = self.shared.registered.get() {
+            registered.fetch_sub(1, Ordering::AcqRel);
+        }
+        self.forget(device);
+    }
+
+    /// The next who asks for the device reads the store.
+    fn forget(&self, device: &Device) {
+        let mut cache = self.shared.cache.write();
+        cache.by_id.remove(&device.id);
+        cache.by_key.remove(&device.key);
+    }
+
+    /// After a failed commit it is not known what the store holds of the device: those who have it at hand must not go on
+    /// with it, and the next who asks reads the store.
+    fn distrust(&self, device: &Device) {
+        device.standing.store(UNKNOWN, Ordering::Release);
+        self.forget(device);
+        device.poke_config();
+    }
+}

@@ -1,0 +1,54 @@
+//! What the writer counts.
+
+use crate::{
+    model::batch::{RejectReason, reason_name},
+    telemetry::{Metrics, names},
+};
+use metrics::{Counter, Histogram};
+
+/// Handles of the writer's metrics; see `docs/METRICS.md`.
+pub(super) struct IngestMetrics {
+    pub stored_batches: Counter,
+    pub stored_readings: Counter,
+    pub stored_bytes: Counter,
+    pub duplicate_batches: Counter,
+    pub duplicate_readings: Counter,
+    pub sequence_gaps: Counter,
+    pub unavailable_batches: Counter,
+    pub commit_seconds: Histogram,
+    pub commit_batches: Histogram,
+    pub commit_failures: Counter,
+    rejected: Vec<(RejectReason, Counter, Counter)>,
+}
+
+impl IngestMetrics {
+    pub fn new(metrics: &Metrics) -> Self {
+        let counter = |name| metrics.counter(name, &[]);
+        let reasons = (1..).map_while(|code| RejectReason::try_from(code).ok());
+        let rejected = reasons.map(|reason| {
+            let labels = [("reason", reason_name(reason).into())];
+            (reason, metrics.counter(names::REJECTED_BATCHES, &labels), metrics.counter(names::REJECTED_READINGS, &labels))
+        });
+        Self {
+            stored_batches: counter(names::STORED_BATCHES),
+            stored_readings: counter(names::STORED_READINGS),
+            stored_bytes: counter(names::STORED_BYTES),
+            duplicate_batches: counter(names::DUPLICATE_BATCHES),
+            duplicate_readings: counter(names::DUPLICATE_READINGS),
+            sequence_gaps: counter(names::SEQUENCE_GAPS),
+            unavailable_batches: counter(names::UNAVAILABLE_BATCHES),
+            commit_seconds: metrics.histogram(names::COMMIT_DURATION, &[]),
+            commit_batches: metrics.histogram(names::COMMIT_BATCHES, &[]),
+            commit_failures: counter(names::COMMIT_FAILURES),
+            rejected: rejected.collect(),
+        }
+    }
+
+    /// Counts a rejected batch.
+    pub fn rejected(&self, reason: RejectReason, readings: u64) {
+        if let Some((_, batches, in_them)) = self.rejected.iter().find(|(of, ..)| *of == reason) {
+            batches.increment(1);
+            in_them.increment(readings);
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! The latest reading of each sensor, in memory; written to the store now and then, so that a start need not read the
+//! whole log.
+
+use crate::{
+    fleet::{Device, Registry},
+    model::{
+        DeviceId, Position, Timestamp,
+        batch::{SensorUse, decode_stored},
+        columns::{Value, Values},
+    },
+    pb,
+    store::{DeviceKey, LatestRow, LogRow, Store, StoreError},
+};
+use parking_lot::Mutex;
+use prost::Message;
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+use tokio_util::sync::CancellationToken;
+
+const ROWS_PER_READ: usize = 256;
+const BYTES_PER_READ: usize = 4 << 20;
+/// How many rows one transaction saves, so that ingest does not wait for long.
+const ROWS_PER_SAVE: usize = 512;
+/// How much of the log a start reads again at the most, in time.
+const SAVE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// See the [module](self).
+///
+/// The writer takes the lock for each batch, so whoever reads takes no more under it than shared pointers.
+#[derive(Default)]
+pub struct Latest {
+    state: Mutex<State>,
+    // All readings up to this position are in the store. Held while saving: of two savers the older could write a row last.
+    saved: tokio::sync::Mutex<Position>,
+}
+
+#[derive(Default)]
+struct State {
+    position: Position,
+    devices: HashMap<DeviceKey, DeviceLatest>,
+}
+
+/// The latest readings of a device as of one moment.
+#[derive(Clone)]
+pub struct DeviceLatest {
+    /// The device's number. What else is to know of it the registry knows.
+    pub device: DeviceKey,
+    id: DeviceId,
+    // Of the last batch that was added.
+    position: Position,
+    // Copied by the writer's next change while somebody reads it.
+    sensors: Arc<BTreeMap<Arc<str>, Arc<Reading>>>,
+}
+
+struct Reading {
+    sensor_key: i64,
+    unit: String,
+    time: Timestamp,
+    value: Value,
+    // Of the batch that it came with.
+    position: Position,
+}
+
+impl Latest {
+    /// What the store holds, brought up to the end of the log.
+    pub async fn load(store: &Store, registry: &Registry) -> Result<Self, StoreError> {
+        let mut state = State::default();
+        let (saved, rows) = store.latest().await?;
+        for LatestRow { device, batch, .. } in rows {
+            if let Some(device) = registry.by_key(device).await? {
+                state.add(&device, stored_readings(&device, batch, saved)?, saved);
+            }
+        }
+        state.position = saved;
+        let latest = Self { state: Mutex::new(state), saved: tokio::sync::Mutex::new(saved) };
+        latest.catch_up(store, registry).await?;
+        Ok(latest)
+    }
+
+    /// Takes over what the log holds behind the last batch that was added. Not while batches are being added.
+    pub async fn catch_up(&self, store: &Store, registry: &Registry) -> Result<(), StoreError> {
+        let mut behind = self.state.lock().position;
+        loop {
+            let rows = store.read_log(behind, ROWS_PER_READ, BYTES_PER_READ).await?;
+            let Some(last) = rows.last() else { return Ok(()) };
+            behind = last.position;
+            for LogRow { position, device, batch, .. } in rows {
+                let Some(device) = registry.by_key(device).await? else { continue };
+                let readings = stored_readings(&device, batch, position)?;
+                self.state.lock().add(&device, readings, position);
+            }
+            self.state.lock().position = behind;
+        }
+    }
+
+    /// Takes over a committed batch; positions must come in order.
+    pub fn add(&self, position: Position, device: &Device, sensors: BTreeMap<String, SensorUse>) {
+        let readings = sensors.into_iter().filter_map(|(name, used)| {
+            let reading = Reading::new(device, &name, used.latest_time, used.latest_value, position)?;
+            Some((name, reading))
+        });
+        let readings = readings.collect();
+        let mut state = self.state.lock();
+        state.position = position;
+        state.add(device, readings, position);
+    }
+
+    /// The latest readings of the devices that are `wanted`, and the position that they are as of.
+    pub fn snapshot(&self, wanted: impl Fn(&DeviceId) -> bool) -> (Position, Vec<DeviceLatest>) {
+        self.state.lock().select(|latest| wanted(&latest.id))
+    }
+
+    /// Forgets a deleted device.
+    pub fn forget(&self, device: DeviceKey) {
+        self.state.lock().devices.remove(&device);
+    }
+
+    /// Writes what has changed to the store.
+    ///
+    /// The position goes with the last of the rows. When only some of the rows come to be written, they are ahead of the
+    /// position, and a start reads what is in them from the log again; which comes to the same, as it is the latest all the same.
+    pub async fn save(&self, store: &Store) -> Result<(), StoreError> {
+        let mut saved = self.saved.lock().await;
+        let behind = *saved;
+        let (position, changed) = self.state.lock().select(|latest| latest.position > behind);
+        let mut rows = changed.into_iter().flat_map(|latest| latest.rows(behind)).peekable();
+        while rows.peek().is_some() {
+            let slice: Vec<LatestRow> = rows.by_ref().take(ROWS_PER_SAVE).collect();
+            let whole = rows.peek().is_none();
+            store.save_latest(&slice, whole.then_some(position)).await?;
+        }
+        *saved = position;
+        Ok(())
+    }
+
+    /// Saves at each interval until `stop`.
+    pub async fn run(self: Arc<Self>, store: Store, stop: CancellationToken) {
+        let mut ticks = tokio::time::interval(SAVE_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = ticks.tick() => {}
+            }
+            if let Err(error) = self.save(&store).await {
+                tracing::warn!(error = &error as &dyn std::error::Error, "latest.save_failed: trying again at the next interval");
+            }
+        }
+    }
+}
+
+impl State {
+    fn select(&self, wanted: impl Fn(&DeviceLatest) -> bool) -> (Position, Vec<DeviceLatest>) {
+        (self.position, self.devices.values().filter(|latest| wanted(latest)).cloned().collect())
+    }
+
+    fn add(&mut self, device: &Device, readings: Vec<(String, Arc<Reading>)>, position: Position) {
+        // Looked at under the lock: what came in after `forget` would stay for good.
+        if device.is_deleted() {
+            return;
+        }
+        let new = || DeviceLatest { device: device.key, id: device.id.clone(), position, sensors: Arc::default() };
+        let latest = self.devices.entry(device.key).or_insert_with(new);
+        latest.position = position;
+        let sensors = Arc::make_mut(&mut latest.sensors);
+        for (name, reading) in readings {
+            match sensors.get_mut(name.as_str()) {
+                Some(latest) if latest.time > reading.time => {}
+                Some(latest) => *latest = reading,
+                None => {
+                    sensors.insert(name.into(), reading);
+                }
+            }
+        }
+    }
+}
+
+/// The latest reading of each column of a stored batch.
+fn stored_readings(device: &Device, batch: bytes::Bytes, position: Position) -> Result<Vec<(String, Arc<Reading>)>, StoreError> {
+    let columns = decode_stored(batch, |_| true).map_err(|why| StoreError::Damaged(format!("a batch of {}: {why}", device.id)))?;
+    let readings = columns.into_iter().filter_map(|column| {
+        // The last row of the latest time, as when the batch came in.
+        let (row, &time) = column.times.iter().enumerate().max_by_key(|(_, time)| **time)?;
+        let reading = Reading::new(device, &column.sensor, Timestamp::from_micros(time)?, column.values.get(row)?, position)?;
+        Some((column.sensor, reading))
+    });
+    Ok(readings.collect())
+}
+
+impl DeviceLatest {
+    /// The readings of the sensors that are `wanted`, a frame for each time, in batches of about [`pb::MESSAGE_BYTES`] at the most.
+    pub fn batches(&self, wanted: impl Fn(&str) -> bool) -> Vec<pb::Batch> {
+        let (mut batches, mut frames, mut bytes) = (Vec::new(), BTreeMap::new(), 0);
+        for (name, reading) in self.sensors.iter().filter(|(name, _)| wanted(name)) {
+            let frame = frames.entry(reading.time).or_insert_with(|| reading.frame());
+            let column = reading.column(name);
+            bytes += column.encoded_len();
+            frame.columns.push(column);
+            if bytes >= pb::MESSAGE_BYTES {
+                batches.push(pb::Batch { frames: std::mem::take(&mut frames).into_values().collect() });
+                bytes = 0;
+            }
+        }
+        if !frames.is_empty() {
+            batches.push(pb::Batch { frames: frames.into_values().collect() });
+        }
+        batches
+    }
+
+    /// The rows of the readings that came `behind` a position.
+    fn rows(&self, behind: Position) -> Vec<LatestRow> {
+        let changed = self.sensors.iter().filter(|(_, reading)| reading.position > behind);
+        let rows = changed.map(|(name, reading)| {
+            let frame = pb::Frame { columns: vec![reading.column(name)], ..reading.frame() };
+            let batch = pb::Batch { frames: vec![frame] }.encode_to_vec().into();
+            LatestRow { sensor_key: reading.sensor_key, device: self.device, time: reading.time, batch }
+        });
+        rows.collect()
+    }
+}
+
+impl Reading {
+    fn new(device: &Device, sensor: &str, time: Timestamp, value: Value, position: Position) -> Option<Arc<Self>> {
+        // A batch's sensors are in the registry before the batch is anywhere.
+        let sensor = device.sensor(sensor)?;
+        Some(Arc::new(Self { sensor_key: sensor.key, unit: sensor.unit, time, value, position }))
+    }
+
+    fn frame(&self) -> pb::Frame {
+        pb::Frame { base_time_us: self.time.micros(), ..Default::default() }
+    }
+
+    fn column(&self, sensor: &str) -> pb::Column {
+        let values: Values = self.value.clone().into();
+        pb::Column { sensor: sensor.to_owned(), unit: self.unit.clone(), values: Some(values.into()) }
+    }
+}

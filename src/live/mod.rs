@@ -1,0 +1,12 @@
+//! Followers: the latest values, a replay of the log, then what is being stored, each reading once.
+
+pub mod follower;
+pub mod latest;
+pub mod tail;
+
+pub use follower::{Filter, Follower, Item, Start};
+pub use latest::{DeviceLatest, Latest};
+pub use tail::{Tail, TailEntry};
+
+#[cfg(test)]
+mod tests;

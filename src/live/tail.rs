@@ -1,0 +1,111 @@
+//! The end of the log in memory.
+//!
+//! The writer puts each committed batch here and never waits for a reader. A follower keeps a position of its own: as long
+//! as the tail reaches back to it, it reads here; when it has fallen behind, it reads the store until it is back. So a
+//! follower misses nothing, however slow, and costs the writer nothing.
+
+use crate::{
+    fleet::Device,
+    model::{Position, Timestamp},
+};
+use bytes::Bytes;
+use parking_lot::RwLock;
+use std::{collections::VecDeque, sync::Arc};
+use tokio::sync::watch;
+
+/// What an entry costs besides its batch's bytes.
+const ENTRY_OVERHEAD_BYTES: usize = 128;
+
+/// A committed batch.
+#[derive(Clone)]
+pub struct TailEntry {
+    /// Its place in the log.
+    pub position: Position,
+    /// Whose it is.
+    pub device: Arc<Device>,
+    /// When it came in.
+    pub receive_time: Timestamp,
+    /// Its bytes.
+    pub batch: Bytes,
+}
+
+impl TailEntry {
+    fn cost_bytes(&self) -> usize {
+        self.batch.len() + ENTRY_OVERHEAD_BYTES
+    }
+}
+
+/// See the [module](self).
+pub struct Tail {
+    state: RwLock<State>,
+    head: watch::Sender<Position>,
+    bytes_max: usize,
+}
+
+struct State {
+    // Every entry behind this position is in `entries`.
+    begins_after: Position,
+    entries: VecDeque<TailEntry>,
+    bytes: usize,
+}
+
+/// What [`Tail::read`] found.
+pub enum TailRead {
+    /// The next entries, in order; never empty.
+    Entries(Vec<TailEntry>),
+    /// Nothing is behind the position.
+    UpToDate,
+    /// The tail does not reach back so far: read the store.
+    Behind,
+}
+
+impl Tail {
+    /// An empty tail behind `head`, the last position of the log.
+    pub fn new(head: Position, bytes_max: usize) -> Self {
+        let state = State { begins_after: head, entries: VecDeque::new(), bytes: 0 };
+        Self { state: RwLock::new(state), head: watch::Sender::new(head), bytes_max }
+    }
+
+    /// Adds what was committed, in the order of positions, and wakes the followers.
+    pub fn publish(&self, entries: impl IntoIterator<Item = TailEntry>) {
+        let mut last = None;
+        {
+            let mut state = self.state.write();
+            for entry in entries {
+                last = Some(entry.position);
+                state.bytes += entry.cost_bytes();
+                state.entries.push_back(entry);
+            }
+            while state.bytes > self.bytes_max
+                && let Some(oldest) = state.entries.pop_front()
+            {
+                state.bytes -= oldest.cost_bytes();
+                state.begins_after = oldest.position;
+            }
+        }
+        if let Some(last) = last {
+            self.head.send_replace(last);
+        }
+    }
+
+    /// The entries behind `after`, at most `entries_max`.
+    pub fn read(&self, after: Position, entries_max: usize) -> TailRead {
+        let state = self.state.read();
+        if after < state.begins_after {
+            return TailRead::Behind;
+        }
+        let first = state.entries.partition_point(|entry| entry.position <= after);
+        let entries: Vec<TailEntry> = state.entries.range(first..).take(entries_max).cloned().collect();
+        if entries.is_empty() { TailRead::UpToDate } else { TailRead::Entries(entries) }
+    }
+
+    /// Every entry behind this position is in the tail.
+    pub fn begins_after(&self) -> Position {
+        self.state.read().begins_after
+    }
+
+    /// The last committed position; wakes with each commit.
+    pub fn head(&self) -> watch::Receiver<Position> {
+        self.head.subscribe()
+    }
+}

@@ -1,0 +1,26 @@
+//! What every gRPC call passes on its way in and out: one tower layer a file, composed by [`stack()`].
+//!
+//! A layer is a `Layer`, a `Service`, a `Future` and, as most have to see how a call ends, a response body; none is boxed.
+//! What has to happen at the end of a call happens when its state is dropped, so it also happens when the client goes away.
+
+mod body;
+pub mod deadline;
+pub mod drain;
+mod frames;
+mod method;
+pub mod metrics;
+pub mod panic;
+pub mod request_id;
+pub mod shed;
+mod stack;
+mod status;
+
+pub use deadline::Deadline;
+pub use drain::CallTracker;
+pub use method::{Family, Method};
+pub use request_id::RequestId;
+pub use stack::stack;
+pub use status::code_name;
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,54 @@
+//! All layers, in their order.
+
+use super::{
+    deadline::DeadlineLayer,
+    drain::{CallTracker, DrainLayer},
+    metrics::MetricsLayer,
+    panic::CatchPanicLayer,
+    request_id::RequestIdLayer,
+    shed::ShedLayer,
+};
+use crate::{config::Grpc, telemetry::Metrics};
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::Body;
+use std::convert::Infallible;
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, service::Routes};
+use tower::{BoxError, Service, ServiceBuilder};
+
+/// Puts all layers around the services. A stop begins with `drain`; `calls` then tells when the work is over.
+pub fn stack<A>(
+    config: &Grpc,
+    metrics: &Metrics,
+    calls: &CallTracker,
+    drain: &CancellationToken,
+    routes: Routes,
+) -> impl Service<
+    Request<A>,
+    Response = Response<impl Body<Data = Bytes, Error = Status> + Send + 'static>,
+    Error = Infallible,
+    Future: Send + 'static,
+> + Clone
++ Send
++ 'static
+where
+    A: Body<Data = Bytes> + Send + 'static,
+    A::Error: Into<BoxError>,
+{
+    ServiceBuilder::new()
+        // Outermost, as an idle gateway is one where all that the others log and count about calls is logged and counted.
+        .layer(DrainLayer::new(calls.clone(), drain.clone()))
+        // Around all that may log, so that every line has the id; and every answer carries it, also a refusal.
+        .layer(RequestIdLayer)
+        // Outside of all that answers by itself, so that panics, refusals and passed deadlines are counted as what the client sees.
+        .layer(MetricsLayer::new(metrics))
+        // Inside of the id, which its report names, and of the metrics, which count the INTERNAL; around all that has more to do.
+        .layer(CatchPanicLayer::new(metrics))
+        // Before all that costs something: a refusal must be cheap when there is too much to do.
+        .layer(ShedLayer::new(config, metrics))
+        // Authentication goes here: behind the limits, so that guessing is limited, too; before a caller is given anything.
+        // Innermost: what it ends is the handler's work alone.
+        .layer(DeadlineLayer::new(config))
+        .service(routes.prepare())
+}

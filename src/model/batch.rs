@@ -1,0 +1,350 @@
+//! A batch as it came in: the check of its bytes, and what the check learned.
+//!
+//! The bytes themselves are what is stored and shown to followers; they are decoded here once, and later only by who
+//! needs single readings.
+
+use super::{
+    Timestamp, ValueKind,
+    columns::{Value, Values, times_from_deltas},
+    ids::quoted,
+    units::UNIT_BYTES_MAX,
+};
+use crate::pb;
+use bytes::Bytes;
+use prost::Message;
+use std::{collections::BTreeMap, fmt, time::Duration};
+
+pub use pb::RejectReason;
+
+/// The most bytes in a sensor's name.
+pub const SENSOR_NAME_BYTES_MAX: usize = 128;
+/// The most bytes in a text value.
+pub const TEXT_VALUE_BYTES_MAX: usize = 4096;
+
+/// What a batch may be at the most; from the gateway's settings.
+#[derive(Debug, Clone)]
+pub struct BatchLimits {
+    /// Encoded bytes.
+    pub bytes_max: usize,
+    /// Readings.
+    pub readings_max: usize,
+    /// Sensors: as many as its device may have.
+    pub sensors_max: usize,
+    /// How much later than the gateway's clock a reading's time may be.
+    pub time_skew_max: Duration,
+    /// How old a reading may be when it is received; zero: any age.
+    pub reading_age_max: Duration,
+}
+
+/// Why a batch can never be stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BatchReject {
+    /// The reason, for machines.
+    pub reason: RejectReason,
+    /// The path in the batch, such as `frames[0].columns[2]`; empty for the whole batch.
+    pub field: String,
+    /// What was found and what is allowed, for people.
+    pub message: String,
+    /// How many readings the batch has; 0 when it could not be read.
+    pub readings: u64,
+}
+
+impl fmt::Display for BatchReject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let at = if self.field.is_empty() { "" } else { " at " };
+        write!(f, "{}{at}{}: {}", reason_name(self.reason), self.field, self.message)
+    }
+}
+
+/// The reason without the enum's prefix, as in metrics and the store: `NON_FINITE`.
+pub fn reason_name(reason: RejectReason) -> &'static str {
+    reason.as_str_name().trim_start_matches("REJECT_REASON_")
+}
+
+/// The reason of a [`reason_name`].
+pub fn reason_from_name(name: &str) -> Option<RejectReason> {
+    RejectReason::from_str_name(&format!("REJECT_REASON_{name}"))
+}
+
+/// The extent of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchSummary {
+    /// How many readings it has; at least 1.
+    pub readings: u32,
+    /// The earliest time in it.
+    pub first_time: Timestamp,
+    /// The latest time in it.
+    pub last_time: Timestamp,
+}
+
+/// What a batch says of one sensor.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SensorUse {
+    /// The unit's symbol; empty when the batch does not say.
+    pub unit: String,
+    /// The kind of its values.
+    pub kind: ValueKind,
+    /// The path of the first column with NaN or an infinity.
+    pub non_finite: Option<String>,
+    /// The path of its first column.
+    pub field: String,
+    /// The time of its latest reading.
+    pub latest_time: Timestamp,
+    /// Its latest reading: of several at that time the last in the batch.
+    pub latest_value: Value,
+}
+
+/// A batch that is well formed. Whether its device's sensors agree with it is for the registry to say.
+#[derive(Debug, Clone)]
+pub struct CheckedBatch {
+    /// The bytes that were received.
+    pub bytes: Bytes,
+    /// The extent.
+    pub summary: BatchSummary,
+    /// The sensors, by name.
+    pub sensors: BTreeMap<String, SensorUse>,
+}
+
+impl CheckedBatch {
+    /// Checks all that can be seen from the batch alone; `received` is the gateway's clock.
+    pub fn check(bytes: Bytes, limits: &BatchLimits, received: Timestamp) -> Result<Self, BatchReject> {
+        if bytes.len() > limits.bytes_max {
+            return Err(reject(RejectReason::TooLarge, "", format!("{} bytes: at most {} are taken", bytes.len(), limits.bytes_max)));
+        }
+        let size = bytes.len();
+        let batch = pb::Batch::decode(bytes.clone())
+            .map_err(|why| reject(RejectReason::Malformed, "", format!("the bytes are not a tidegate.v1.Batch: {why}")))?;
+        let readings = batch.frames.iter().map(|frame| (frame.time_deltas_us.len() + 1).saturating_mul(frame.columns.len()));
+        let readings = readings.fold(0_usize, usize::saturating_add);
+        check_decoded(batch, readings, limits, received)
+            .map(|(summary, sensors)| Self { bytes, summary, sensors })
+            // Columns may be shorter than they should be, but no reading takes less than a byte.
+            .map_err(|reject| BatchReject { readings: readings.min(size) as u64, ..reject })
+    }
+}
+
+fn reject(reason: RejectReason, field: impl Into<String>, message: impl Into<String>) -> BatchReject {
+    BatchReject { reason, field: field.into(), message: message.into(), readings: 0 }
+}
+
+fn check_decoded(
+    batch: pb::Batch,
+    readings: usize,
+    limits: &BatchLimits,
+    received: Timestamp,
+) -> Result<(BatchSummary, BTreeMap<String, SensorUse>), BatchReject> {
+    if readings > limits.readings_max {
+        return Err(reject(RejectReason::TooLarge, "", format!("{readings} readings: at most {} are taken", limits.readings_max)));
+    }
+    let latest_allowed = received.saturating_add(limits.time_skew_max);
+    let earliest_allowed = if limits.reading_age_max.is_zero() { Timestamp::MIN } else { received.saturating_sub(limits.reading_age_max) };
+
+    let mut extent: Option<(Timestamp, Timestamp)> = None;
+    let mut sensors = BTreeMap::new();
+    for (index, frame) in batch.frames.into_iter().enumerate() {
+        let path = format!("frames[{index}]");
+        if frame.columns.is_empty() {
+            return Err(reject(RejectReason::Empty, path, "the frame has no columns"));
+        }
+        let (times, first, last) = check_times(&frame, &path, earliest_allowed, latest_allowed)?;
+        let (earliest, latest) = extent.unwrap_or((first, last));
+        extent = Some((earliest.min(first), latest.max(last)));
+        check_columns(frame.columns, &path, &times, last, &mut sensors)?;
+        // Here already, and not only with the device's other sensors: what the check gathers is bounded by it.
+        if sensors.len() > limits.sensors_max {
+            let message = format!("{} sensors up to here: a device may have {} (devices.sensors_max)", sensors.len(), limits.sensors_max);
+            return Err(reject(RejectReason::TooManySensors, path, message));
+        }
+    }
+    let Some((first_time, last_time)) = extent else {
+        return Err(reject(RejectReason::Empty, "", "the batch has no frames"));
+    };
+    let readings = u32::try_from(readings).map_err(|_| reject(RejectReason::TooLarge, "", format!("{readings} readings")))?;
+    Ok((BatchSummary { readings, first_time, last_time }, sensors))
+}
+
+/// The frame's times in microseconds, the earliest and the latest of them.
+fn check_times(
+    frame: &pb::Frame,
+    path: &str,
+    earliest_allowed: Timestamp,
+    latest_allowed: Timestamp,
+) -> Result<(Vec<i64>, Timestamp, Timestamp), BatchReject> {
+    let out_of_range = || reject(RejectReason::TimeTooOld, path, "a time is outside of the years 0001 to 9999");
+    let times = times_from_deltas(frame.base_time_us, &frame.time_deltas_us).ok_or_else(out_of_range)?;
+    let (mut first, mut last) = (times[0], times[0]);
+    for &time in &times[1..] {
+        first = first.min(time);
+        last = last.max(time);
+    }
+    let last = match Timestamp::from_micros(last) {
+        Some(last) => last,
+        None if last > Timestamp::MAX.micros() => Timestamp::MAX,
+        None => return Err(out_of_range()),
+    };
+    if last > latest_allowed {
+        return Err(reject(
+            RejectReason::TimeInFuture,
+            path,
+            format!("the time {last} is later than {latest_allowed}, the latest that is taken now"),
+        ));
+    }
+    let first = Timestamp::from_micros(first).ok_or_else(out_of_range)?;
+    if first < earliest_allowed {
+        return Err(reject(
+            RejectReason::TimeTooOld,
+            path,
+            format!("the time {first} is before {earliest_allowed}, the earliest that is taken now"),
+        ));
+    }
+    Ok((times, first, last))
+}
+
+fn check_columns(
+    columns: Vec<pb::Column>,
+    frame_path: &str,
+    times: &[i64],
+    last: Timestamp,
+    sensors: &mut BTreeMap<String, SensorUse>,
+) -> Result<(), BatchReject> {
+    let latest_row = times.iter().rposition(|&time| time == last.micros()).unwrap_or(times.len() - 1);
+    let mut names: Vec<String> = Vec::with_capacity(columns.len());
+    for (index, column) in columns.into_iter().enumerate() {
+        let path = format!("{frame_path}.columns[{index}]");
+        check_sensor_name(&column.sensor).map_err(|why| reject(RejectReason::SensorNameInvalid, &path, why))?;
+        check_unit(&column.unit).map_err(|why| reject(RejectReason::UnitInvalid, &path, why))?;
+        let values: Values = match column.values {
+            Some(values) => values.into(),
+            None => return Err(reject(RejectReason::Empty, path, format!("the column of {} has no values", quoted(&column.sensor)))),
+        };
+        if values.len() != times.len() {
+            let message = format!("the column of {} has {} values for {} times", quoted(&column.sensor), values.len(), times.len());
+            return Err(reject(RejectReason::LengthMismatch, path, message));
+        }
+        check_text(&values, &path)?;
+        names.push(column.sensor.clone());
+        add_use(sensors, column.sensor, column.unit, values, path, last, latest_row)?;
+    }
+    names.sort_unstable();
+    match names.windows(2).find(|pair| pair[0] == pair[1]) {
+        None => Ok(()),
+        Some(pair) => Err(reject(RejectReason::SensorRepeated, frame_path, format!("the frame has two columns of {}", quoted(&pair[0])))),
+    }
+}
+
+fn add_use(
+    sensors: &mut BTreeMap<String, SensorUse>,
+    sensor: String,
+    unit: String,
+    values: Values,
+    field: String,
+    latest_time: Timestamp,
+    latest_row: usize,
+) -> Result<(), BatchReject> {
+    let non_finite = match &values {
+        Values::Double(values) if values.iter().any(|value| !value.is_finite()) => Some(field.clone()),
+        _ => None,
+    };
+    let latest_value = values.get(latest_row).expect("a column is as long as its frame's times");
+    let kind = values.kind();
+    let Some(earlier) = sensors.get_mut(&sensor) else {
+        sensors.insert(sensor, SensorUse { unit, kind, non_finite, field, latest_time, latest_value });
+        return Ok(());
+    };
+    if earlier.kind != kind {
+        let message = format!("{} has {kind} values here and {} values in {}", quoted(&sensor), earlier.kind, earlier.field);
+        return Err(reject(RejectReason::KindChanged, field, message));
+    }
+    if !unit.is_empty() && !earlier.unit.is_empty() && earlier.unit != unit {
+        let message = format!("{} has the unit {unit:?} here and {:?} in {}", quoted(&sensor), earlier.unit, earlier.field);
+        return Err(reject(RejectReason::UnitChanged, field, message));
+    }
+    if earlier.unit.is_empty() {
+        earlier.unit = unit;
+    }
+    if earlier.non_finite.is_none() {
+        earlier.non_finite = non_finite;
+    }
+    if latest_time >= earlier.latest_time {
+        (earlier.latest_time, earlier.latest_value) = (latest_time, latest_value);
+    }
+    Ok(())
+}
+
+/// Checks a sensor's name; the error says what is allowed.
+pub fn check_sensor_name(name: &str) -> Result<(), String> {
+    let fits = (1..=SENSOR_NAME_BYTES_MAX).contains(&name.len());
+    if fits && !name.contains(char::is_control) && name.trim() == name {
+        return Ok(());
+    }
+    Err(format!(
+        "{} is not a sensor name: 1 to {SENSOR_NAME_BYTES_MAX} bytes of UTF-8 without control characters, not beginning or ending with white space",
+        quoted(name)
+    ))
+}
+
+fn check_unit(unit: &str) -> Result<(), String> {
+    if unit.len() <= UNIT_BYTES_MAX && !unit.contains(char::is_control) {
+        return Ok(());
+    }
+    Err(format!("{} is not a unit: at most {UNIT_BYTES_MAX} bytes of UTF-8 without control characters", quoted(unit)))
+}
+
+fn check_text(values: &Values, path: &str) -> Result<(), BatchReject> {
+    let Values::Text(texts) = values else { return Ok(()) };
+    match texts.iter().position(|text| text.len() > TEXT_VALUE_BYTES_MAX) {
+        None => Ok(()),
+        Some(row) => {
+            let message = format!("the text of row {row} has {} bytes: at most {TEXT_VALUE_BYTES_MAX} are taken", texts[row].len());
+            Err(reject(RejectReason::TextTooLong, path, message))
+        }
+    }
+}
+
+/// One column of a stored batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DecodedColumn {
+    /// The sensor's name.
+    pub sensor: String,
+    /// Microseconds since the epoch, one a value.
+    pub times: Vec<i64>,
+    /// The values.
+    pub values: Values,
+}
+
+/// The columns of a batch that was checked before it was stored, those whose sensor `wanted` asks for.
+///
+/// The error is for bytes that no check can have let pass: the store has been damaged.
+pub fn decode_stored(bytes: Bytes, mut wanted: impl FnMut(&str) -> bool) -> Result<Vec<DecodedColumn>, prost::DecodeError> {
+    let batch = pb::Batch::decode(bytes)?;
+    let mut columns = Vec::new();
+    for frame in batch.frames {
+        let times = times_from_deltas(frame.base_time_us, &frame.time_deltas_us).unwrap_or_default();
+        for column in frame.columns {
+            if let (true, Some(values)) = (wanted(&column.sensor), column.values) {
+                columns.push(DecodedColumn { sensor: column.sensor, times: times.clone(), values: values.into() });
+            }
+        }
+    }
+    Ok(columns)
+}
+
+/// A stored batch less the columns that `wanted` does not ask for; `None` when nothing is left.
+pub fn retain_columns(bytes: Bytes, mut wanted: impl FnMut(&str) -> bool) -> Result<Option<Bytes>, prost::DecodeError> {
+    let mut batch = pb::Batch::decode(bytes.clone())?;
+    let columns_before: usize = batch.frames.iter().map(|frame| frame.columns.len()).sum();
+    for frame in &mut batch.frames {
+        frame.columns.retain(|column| wanted(&column.sensor));
+    }
+    batch.frames.retain(|frame| !frame.columns.is_empty());
+    let columns_after: usize = batch.frames.iter().map(|frame| frame.columns.len()).sum();
+    Ok(match columns_after {
+        0 => None,
+        _ if columns_after == columns_before => Some(bytes),
+        _ => Some(batch.encode_to_vec().into()),
+    })
+}
+
+#[cfg(test)]
+#[path = "batch_tests.rs"]
+mod tests;

@@ -1,0 +1,152 @@
+use super::*;
+
+const NOW: i64 = 1_700_000_000_000_000;
+
+fn limits() -> BatchLimits {
+    BatchLimits {
+        bytes_max: 1 << 20,
+        readings_max: 1000,
+        sensors_max: 3,
+        time_skew_max: Duration::from_secs(3600),
+        reading_age_max: Duration::ZERO,
+    }
+}
+
+fn column(sensor: &str, unit: &str, values: Values) -> pb::Column {
+    pb::Column { sensor: sensor.into(), unit: unit.into(), values: Some(values.into()) }
+}
+
+fn frame(base: i64, deltas: &[i64], columns: Vec<pb::Column>) -> pb::Frame {
+    pb::Frame { base_time_us: base, time_deltas_us: deltas.to_vec(), columns }
+}
+
+fn check(frames: Vec<pb::Frame>) -> Result<CheckedBatch, BatchReject> {
+    check_with(&limits(), frames)
+}
+
+fn check_with(limits: &BatchLimits, frames: Vec<pb::Frame>) -> Result<CheckedBatch, BatchReject> {
+    let bytes = pb::Batch { frames }.encode_to_vec().into();
+    CheckedBatch::check(bytes, limits, Timestamp::from_micros(NOW).expect("in range"))
+}
+
+#[test]
+fn a_good_batch_is_summed_up_and_its_bytes_kept() {
+    let frames = vec![
+        frame(
+            NOW,
+            &[10, -20],
+            vec![column("t", "Cel", Values::Double(vec![1.0, 2.0, 3.0])), column("n", "", Values::Int64(vec![1, 2, 3]))],
+        ),
+        frame(NOW + 10, &[], vec![column("t", "", Values::Double(vec![4.0]))]),
+    ];
+    let bytes = pb::Batch { frames: frames.clone() }.encode_to_vec();
+    let checked = check(frames).expect("good");
+    assert_eq!(checked.bytes, bytes);
+    assert_eq!(checked.summary.readings, 7);
+    assert_eq!((checked.summary.first_time.micros(), checked.summary.last_time.micros()), (NOW - 10, NOW + 10));
+    let t = &checked.sensors["t"];
+    assert_eq!(
+        (t.unit.as_str(), t.kind, &t.latest_value),
+        ("Cel", ValueKind::Double, &Value::Double(4.0)),
+        "of one time the later in the batch"
+    );
+    assert_eq!(checked.sensors["n"].latest_value, Value::Int64(2), "the latest time, not the last row");
+}
+
+#[test]
+fn every_fault_of_form_has_its_reason() {
+    let t = |values: Vec<f64>| column("t", "Cel", Values::Double(values));
+    let cases: Vec<(Vec<pb::Frame>, RejectReason, &str)> = vec![
+        (vec![], RejectReason::Empty, ""),
+        (vec![frame(NOW, &[], vec![])], RejectReason::Empty, "frames[0]"),
+        (vec![frame(NOW, &[], vec![pb::Column { sensor: "t".into(), ..Default::default() }])], RejectReason::Empty, "frames[0].columns[0]"),
+        (vec![frame(NOW, &[1], vec![t(vec![1.0])])], RejectReason::LengthMismatch, "frames[0].columns[0]"),
+        (vec![frame(NOW, &[], vec![t(vec![])])], RejectReason::LengthMismatch, "frames[0].columns[0]"),
+        (vec![frame(NOW, &[], vec![t(vec![1.0]), t(vec![1.0])])], RejectReason::SensorRepeated, "frames[0]"),
+        (vec![frame(NOW, &[], vec![column("", "", Values::Double(vec![1.0]))])], RejectReason::SensorNameInvalid, "frames[0].columns[0]"),
+        (vec![frame(NOW, &[], vec![column(" t", "", Values::Double(vec![1.0]))])], RejectReason::SensorNameInvalid, "frames[0].columns[0]"),
+        (
+            vec![frame(NOW, &[], vec![column("t", &"x".repeat(33), Values::Double(vec![1.0]))])],
+            RejectReason::UnitInvalid,
+            "frames[0].columns[0]",
+        ),
+        (
+            vec![frame(NOW, &[], vec![t(vec![1.0])]), frame(NOW, &[], vec![column("t", "", Values::Bool(vec![true]))])],
+            RejectReason::KindChanged,
+            "frames[1].columns[0]",
+        ),
+        (
+            vec![frame(NOW, &[], vec![t(vec![1.0])]), frame(NOW, &[], vec![column("t", "K", Values::Double(vec![1.0]))])],
+            RejectReason::UnitChanged,
+            "frames[1].columns[0]",
+        ),
+        (
+            vec![frame(NOW, &[], (0..4).map(|n| column(&format!("s{n}"), "", Values::Bool(vec![true]))).collect())],
+            RejectReason::TooManySensors,
+            "frames[0]",
+        ),
+        (vec![frame(NOW + 3_600_000_001, &[], vec![t(vec![1.0])])], RejectReason::TimeInFuture, "frames[0]"),
+        (vec![frame(i64::MAX, &[], vec![t(vec![1.0])])], RejectReason::TimeInFuture, "frames[0]"),
+        (vec![frame(i64::MIN, &[], vec![t(vec![1.0])])], RejectReason::TimeTooOld, "frames[0]"),
+        (vec![frame(i64::MAX, &[i64::MAX], vec![t(vec![1.0, 2.0])])], RejectReason::TimeTooOld, "frames[0]"),
+        (vec![frame(NOW, &[0; 1000], vec![t(vec![1.0; 1001])])], RejectReason::TooLarge, ""),
+        (
+            vec![frame(NOW, &[], vec![column("t", "", Values::Text(vec!["x".repeat(4097)]))])],
+            RejectReason::TextTooLong,
+            "frames[0].columns[0]",
+        ),
+    ];
+    for (frames, reason, field) in cases {
+        let shown = format!("{frames:?}");
+        let found = check(frames).expect_err(&shown);
+        assert_eq!((found.reason, found.field.as_str()), (reason, field), "{shown}");
+        assert!(!found.message.is_empty());
+    }
+}
+
+#[test]
+fn bytes_that_are_no_batch_are_malformed_and_too_many_are_too_large() {
+    let now = Timestamp::from_micros(NOW).expect("in range");
+    let found = CheckedBatch::check(Bytes::from_static(&[0xff; 8]), &limits(), now).expect_err("no batch");
+    assert_eq!(found.reason, RejectReason::Malformed);
+    let small = BatchLimits { bytes_max: 4, ..limits() };
+    assert_eq!(CheckedBatch::check(Bytes::from_static(&[0; 5]), &small, now).expect_err("too large").reason, RejectReason::TooLarge);
+}
+
+#[test]
+fn an_allowed_age_is_enforced_when_set() {
+    let young = BatchLimits { reading_age_max: Duration::from_secs(10), ..limits() };
+    let at = |time| vec![frame(time, &[], vec![column("t", "", Values::Double(vec![1.0]))])];
+    assert!(check_with(&young, at(NOW - 10_000_000)).is_ok());
+    assert_eq!(check_with(&young, at(NOW - 10_000_001)).expect_err("old").reason, RejectReason::TimeTooOld);
+}
+
+#[test]
+fn non_finite_values_are_pointed_at() {
+    let checked = check(vec![frame(
+        NOW,
+        &[1],
+        vec![column("t", "", Values::Double(vec![1.0, f64::NAN])), column("u", "", Values::Double(vec![1.0, 2.0]))],
+    )])
+    .expect("form is good");
+    assert_eq!(checked.sensors["t"].non_finite.as_deref(), Some("frames[0].columns[0]"));
+    assert_eq!(checked.sensors["u"].non_finite, None);
+}
+
+#[test]
+fn columns_are_decoded_and_filtered() {
+    let frames = vec![frame(NOW, &[5], vec![column("a", "", Values::Bool(vec![true, false])), column("b", "", Values::Int64(vec![7, 8]))])];
+    let bytes: Bytes = pb::Batch { frames }.encode_to_vec().into();
+    let only_b = decode_stored(bytes.clone(), |name| name == "b").expect("a batch");
+    assert_eq!(only_b, [DecodedColumn { sensor: "b".into(), times: vec![NOW, NOW + 5], values: Values::Int64(vec![7, 8]) }]);
+    let left = retain_columns(bytes.clone(), |name| name == "b").expect("a batch").expect("b is left");
+    assert_eq!(decode_stored(left, |_| true).expect("a batch"), only_b);
+    assert_eq!(retain_columns(bytes.clone(), |_| true).expect("a batch"), Some(bytes.clone()));
+    assert_eq!(retain_columns(bytes, |_| false).expect("a batch"), None);
+}
+
+#[test]
+fn reasons_have_names_both_ways() {
+    assert_eq!(reason_name(RejectReason::NonFinite), "NON_FINITE");
+    assert_eq!(reason_from_name("NON_FINITE"), Some(RejectReason::NonFinite));
+}

@@ -1,0 +1,291 @@
+//! What is kept: the log of batches, the registry, the configurations.
+//!
+//! Reads run beside one another; writes go through one [`WriteTx`] at a time, which either commits whole or leaves nothing.
+//! After a write has failed its connection is thrown away, so the next one begins from what the store itself then holds.
+
+mod sqlite;
+
+pub use sqlite::{SqliteStore, WriteTx};
+
+use crate::model::{BatchReject, BatchSummary, DeviceId, Labels, Position, StreamId, Timestamp, ValueKind};
+use bytes::Bytes;
+
+/// The store that the gateway runs on.
+pub type Store = SqliteStore;
+
+/// Why the store could not do what was asked. Not for clients: they are told [`crate::error::Error::StoreUnavailable`].
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The data directory can't be made or opened.
+    #[error("cannot use the data directory {path}")]
+    Directory {
+        /// The directory.
+        path: String,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// Another process works on the data directory.
+    #[error("the data directory {path} is in use by another gateway: stop that one, or give this one its own (storage.data_dir)")]
+    InUse {
+        /// The directory.
+        path: String,
+    },
+    /// The store has been closed: the gateway is being stopped.
+    #[error("the store is closed")]
+    Closed,
+    /// The database refused or failed.
+    #[error("the database failed")]
+    Database(#[from] sqlx::Error),
+    /// The database's tables could not be brought to this version's form.
+    #[error("the database could not be migrated")]
+    Migrate(#[from] sqlx::migrate::MigrateError),
+    /// A row holds what this program can't have written.
+    #[error("the database is damaged: {0}")]
+    Damaged(String),
+    /// A stream's row is not as the transaction read it.
+    #[error("{changed} of {expected} stream rows were as they had been read: somebody else writes to the database")]
+    StreamConflict {
+        /// How many rows the update changed.
+        changed: u64,
+        /// How many it should have.
+        expected: u64,
+    },
+}
+
+/// A device's number in the store; never used for another device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DeviceKey(pub i64);
+
+/// A registered device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceRow {
+    /// Its number.
+    pub key: DeviceKey,
+    /// Its id.
+    pub id: DeviceId,
+    /// Its labels.
+    pub labels: Labels,
+    /// A name for people.
+    pub display_name: String,
+    /// How often it was updated, plus 1.
+    pub revision: i64,
+    /// When it was registered.
+    pub create_time: Timestamp,
+    /// When it was last updated.
+    pub update_time: Timestamp,
+}
+
+/// A registered sensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SensorRow {
+    /// Its number; 0 before it is stored.
+    pub key: i64,
+    /// Its name.
+    pub name: String,
+    /// Its unit's symbol; empty when it was never said.
+    pub unit: String,
+    /// The kind of its values.
+    pub kind: ValueKind,
+    /// Whether NaN and the infinities are stored.
+    pub allow_non_finite: bool,
+    /// When it was registered.
+    pub create_time: Timestamp,
+}
+
+/// How far a stream id has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StreamRow {
+    /// Its number.
+    pub key: i64,
+    /// The last durable sequence; 0 for a new one.
+    pub last_sequence: u64,
+}
+
+/// A batch to append to the log.
+#[derive(Debug, Clone)]
+pub struct NewLogRow {
+    /// Whose it is.
+    pub device: DeviceKey,
+    /// Of which stream.
+    pub stream_key: i64,
+    /// Its sequence in the stream.
+    pub sequence: u64,
+    /// When it came in.
+    pub receive_time: Timestamp,
+    /// Its extent.
+    pub summary: BatchSummary,
+    /// Its bytes.
+    pub batch: Bytes,
+}
+
+/// A batch to keep aside.
+#[derive(Debug, Clone)]
+pub struct NewRejection {
+    /// Whose it is.
+    pub device: DeviceKey,
+    /// Of which stream.
+    pub stream_key: i64,
+    /// Its sequence in the stream.
+    pub sequence: u64,
+    /// When it came in.
+    pub receive_time: Timestamp,
+    /// Why.
+    pub reject: BatchReject,
+    /// Its bytes.
+    pub batch: Bytes,
+}
+
+/// What one transaction adds to a stream's row.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StreamChange {
+    /// The stream's number.
+    pub key: i64,
+    /// The last sequence as the transaction read it.
+    pub sequence_before: u64,
+    /// The last sequence as it shall be.
+    pub sequence_after: u64,
+    /// Stored by this transaction.
+    pub stored: Count,
+    /// Received again.
+    pub duplicate: Count,
+    /// Lost by the device, as it says.
+    pub lost: Count,
+    /// When the last batch came in, microseconds since the epoch.
+    pub receive_micros: i64,
+}
+
+/// Batches and the readings in them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Count {
+    /// Batches.
+    pub batches: u64,
+    /// Readings.
+    pub readings: u64,
+}
+
+impl Count {
+    /// Counts one more batch.
+    pub fn add(&mut self, readings: u64) {
+        self.batches = self.batches.saturating_add(1);
+        self.readings = self.readings.saturating_add(readings);
+    }
+}
+
+/// A batch in the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogRow {
+    /// Its place.
+    pub position: Position,
+    /// Whose it is.
+    pub device: DeviceKey,
+    /// When it came in.
+    pub receive_time: Timestamp,
+    /// Its bytes.
+    pub batch: Bytes,
+}
+
+/// Some rows of the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogPage {
+    /// The rows, in order.
+    pub rows: Vec<LogRow>,
+    /// Whether there may be more behind them.
+    pub more: bool,
+}
+
+/// A device's account.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LedgerRow {
+    /// Stored.
+    pub stored: Count,
+    /// Received again.
+    pub duplicate: Count,
+    /// Lost by the device, as it says.
+    pub lost: Count,
+    /// Rejected, by the reason's name.
+    pub rejected: Vec<(String, Count)>,
+    /// The streams that were last heard of: id, last durable sequence, when the last batch came in.
+    pub streams: Vec<(StreamId, u64, Timestamp)>,
+}
+
+/// The latest reading of a sensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LatestRow {
+    /// The sensor's number.
+    pub sensor_key: i64,
+    /// Its device's number.
+    pub device: DeviceKey,
+    /// The reading's time.
+    pub time: Timestamp,
+    /// The reading, as an encoded batch of its own.
+    pub batch: Bytes,
+}
+
+/// One numbered state of a device's desired configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigRevisionRow {
+    /// The number.
+    pub revision: u64,
+    /// The configuration: a JSON object.
+    pub config: String,
+    /// The request id that it was set under; may be empty.
+    pub request_id: String,
+    /// Why it was set.
+    pub comment: String,
+    /// When it was set.
+    pub create_time: Timestamp,
+}
+
+/// How far a device's latest configuration has come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigStateRow {
+    /// The latest revision; 0 when none was ever set.
+    pub desired_revision: u64,
+    /// The last revision that was sent to the device, and when.
+    pub delivered: Option<(u64, Timestamp)>,
+    /// The device's last report.
+    pub reported: Option<ConfigReportRow>,
+    /// The revision that the device runs with, by its reports: the last one that it applied and has not refused or gone back
+    /// from since; 0 when it reported none.
+    pub applied_revision: u64,
+}
+
+/// A device's last word on a revision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigReportRow {
+    /// The revision.
+    pub revision: u64,
+    /// What the device did with it.
+    pub outcome: ConfigOutcome,
+    /// What it said about it.
+    pub detail: String,
+    /// When it said so.
+    pub time: Timestamp,
+}
+
+/// What a device did with a revision.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConfigOutcome {
+    /// It runs with it.
+    Applied,
+    /// It refused it.
+    Rejected,
+    /// It went back to what it had before.
+    Reverted,
+}
+
+impl ConfigOutcome {
+    /// The number that stands for it in the store and, as `tidegate.v1.ConfigOutcome`, on the wire.
+    pub fn code(self) -> i32 {
+        match self {
+            Self::Applied => 1,
+            Self::Rejected => 2,
+            Self::Reverted => 3,
+        }
+    }
+
+    /// The outcome of a [`code`](Self::code).
+    pub fn from_code(code: i32) -> Option<Self> {
+        [Self::Applied, Self::Rejected, Self::Reverted].into_iter().find(|outcome| outcome.code() == code)
+    }
+}

@@ -1,0 +1,192 @@
+//! Desired configurations and how far they have come.
+
+use super::{SqliteStore, WriteTx, as_integer, column, count_column, key_column, time_column};
+use crate::{
+    model::{DeviceId, Timestamp},
+    store::{ConfigOutcome, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, DeviceKey, StoreError},
+};
+use sqlx::sqlite::SqliteRow;
+
+impl WriteTx<'_> {
+    /// The latest revision; `None` when none was ever set.
+    pub async fn latest_config(&mut self, device: DeviceKey) -> Result<Option<ConfigRevisionRow>, StoreError> {
+        let row = sqlx::query("SELECT * FROM config_revisions WHERE device_id = ? ORDER BY revision DESC LIMIT 1")
+            .bind(device.0)
+            .fetch_optional(&mut self.connection)
+            .await?;
+        row.as_ref().map(revision_row).transpose()
+    }
+
+    /// The highest revision that an earlier device of this id had; 0 when there was none.
+    pub async fn retired_revision(&mut self, id: &DeviceId) -> Result<u64, StoreError> {
+        let row =
+            sqlx::query("SELECT revision FROM retired_configs WHERE id = ?").bind(id.as_str()).fetch_optional(&mut self.connection).await?;
+        row.map_or(Ok(0), |row| count_column(&row, "revision"))
+    }
+
+    /// Remembers the highest revision of a device that is about to be deleted, for [`retired_revision`](Self::retired_revision).
+    pub(super) async fn retire_configs(&mut self, device: DeviceKey) -> Result<(), StoreError> {
+        sqlx::query(
+            "INSERT INTO retired_configs (id, revision) \
+             SELECT id, desired_revision FROM devices JOIN config_states USING (device_id) WHERE device_id = ? \
+             ON CONFLICT (id) DO UPDATE SET revision = excluded.revision",
+        )
+        .bind(device.0)
+        .execute(&mut self.connection)
+        .await?;
+        Ok(())
+    }
+
+    /// The revision that was set under a request id.
+    pub async fn config_of_request(&mut self, device: DeviceKey, request_id: &str) -> Result<Option<ConfigRevisionRow>, StoreError> {
+        let row = sqlx::query("SELECT * FROM config_revisions WHERE device_id = ? AND request_id = ? AND request_id <> ''")
+            .bind(device.0)
+            .bind(request_id)
+            .fetch_optional(&mut self.connection)
+            .await?;
+        row.as_ref().map(revision_row).transpose()
+    }
+
+    /// Adds a revision and makes it the desired one.
+    pub async fn insert_config(&mut self, device: DeviceKey, row: &ConfigRevisionRow) -> Result<(), StoreError> {
+        sqlx::query(
+            "INSERT INTO config_revisions (device_id, revision, config, request_id, comment, create_time) VALUES (?, ?, ?, ?, ?, ?)",
+        )
+        .bind(device.0)
+        .bind(as_integer(row.revision))
+        .bind(&row.config)
+        .bind(&row.request_id)
+        .bind(&row.comment)
+        .bind(row.create_time.micros())
+        .execute(&mut self.connection)
+        .await?;
+        sqlx::query("INSERT INTO config_states (device_id, desired_revision) VALUES (?, ?) ON CONFLICT (device_id) DO UPDATE SET desired_revision = excluded.desired_revision")
+            .bind(device.0)
+            .bind(as_integer(row.revision))
+            .execute(&mut self.connection)
+            .await?;
+        Ok(())
+    }
+
+    /// Notes that a revision was sent to the device. Whether anything changed.
+    pub async fn note_delivered(&mut self, device: DeviceKey, revision: u64, now: Timestamp) -> Result<bool, StoreError> {
+        let done = sqlx::query(
+            "UPDATE config_states SET delivered_revision = ?2, delivered_time = ?3 WHERE device_id = ?1 AND delivered_revision < ?2",
+        )
+        .bind(device.0)
+        .bind(as_integer(revision))
+        .bind(now.micros())
+        .execute(&mut self.connection)
+        .await?;
+        Ok(done.rows_affected() > 0)
+    }
+
+    /// Notes what a device reported. A report on a revision that was never set is void, as is one on a revision older than
+    /// the last reported one, unless it says that the device went back from what it runs with. Whether anything changed.
+    pub async fn note_report(&mut self, device: DeviceKey, report: &ConfigReportRow) -> Result<bool, StoreError> {
+        let known = sqlx::query("SELECT 1 FROM config_revisions WHERE device_id = ? AND revision = ?")
+            .bind(device.0)
+            .bind(as_integer(report.revision))
+            .fetch_optional(&mut self.connection)
+            .await?;
+        Ok(known.is_some() && (self.note_applied(device, report).await? | self.note_last_report(device, report).await?))
+    }
+
+    /// Notes what the device runs with after its report. Whether that changed.
+    async fn note_applied(&mut self, device: DeviceKey, report: &ConfigReportRow) -> Result<bool, StoreError> {
+        let statement = match report.outcome {
+            ConfigOutcome::Applied => {
+                "UPDATE config_states SET previous_applied_revision = applied_revision, applied_revision = ?2 \
+                 WHERE device_id = ?1 AND applied_revision <> ?2 AND reported_revision <= ?2"
+            }
+            // What was refused or given up is not what it runs with, whatever it said before.
+            ConfigOutcome::Rejected | ConfigOutcome::Reverted => {
+                "UPDATE config_states SET applied_revision = previous_applied_revision, previous_applied_revision = 0 \
+                 WHERE device_id = ?1 AND applied_revision = ?2"
+            }
+        };
+        let query = sqlx::query(statement).bind(device.0).bind(as_integer(report.revision));
+        Ok(query.execute(&mut self.connection).await?.rows_affected() > 0)
+    }
+
+    /// Notes the report as the device's last one. Whether it is.
+    async fn note_last_report(&mut self, device: DeviceKey, report: &ConfigReportRow) -> Result<bool, StoreError> {
+        let done = sqlx::query(
+            "UPDATE config_states SET reported_revision = ?2, reported_outcome = ?3, reported_detail = ?4, reported_time = ?5 \
+             WHERE device_id = ?1 AND reported_revision <= ?2 \
+             AND (reported_revision <> ?2 OR reported_outcome <> ?3 OR reported_detail <> ?4)",
+        )
+        .bind(device.0)
+        .bind(as_integer(report.revision))
+        .bind(report.outcome.code())
+        .bind(&report.detail)
+        .bind(report.time.micros())
+        .execute(&mut self.connection)
+        .await?;
+        Ok(done.rows_affected() > 0)
+    }
+}
+
+impl SqliteStore {
+    /// How far the device's configuration has come, with its desired revision; `None` when none was ever set.
+    pub async fn config(&self, device: DeviceKey) -> Result<Option<(ConfigRevisionRow, ConfigStateRow)>, StoreError> {
+        let row = sqlx::query("SELECT * FROM config_states s JOIN config_revisions r ON r.device_id = s.device_id AND r.revision = s.desired_revision WHERE s.device_id = ?")
+            .bind(device.0)
+            .fetch_optional(self.readers())
+            .await?;
+        row.as_ref().map(|row| Ok((revision_row(row)?, state_row(row)?))).transpose()
+    }
+
+    /// The revisions of a device before `before`, newest first: at most `rows_max`.
+    pub async fn config_revisions(&self, device: DeviceKey, before: u64, rows_max: usize) -> Result<Vec<ConfigRevisionRow>, StoreError> {
+        let rows = sqlx::query("SELECT * FROM config_revisions WHERE device_id = ? AND revision < ? ORDER BY revision DESC LIMIT ?")
+            .bind(device.0)
+            .bind(as_integer(before))
+            .bind(rows_max as i64)
+            .fetch_all(self.readers())
+            .await?;
+        rows.iter().map(revision_row).collect()
+    }
+
+    /// The devices behind `after` whose desired revision has not been reported on: at most `rows_max`, by number.
+    pub async fn unsettled_configs(&self, after: DeviceKey, rows_max: usize) -> Result<Vec<DeviceKey>, StoreError> {
+        let rows = sqlx::query(
+            "SELECT device_id FROM config_states WHERE device_id > ? AND desired_revision <> reported_revision ORDER BY device_id LIMIT ?",
+        )
+        .bind(after.0)
+        .bind(rows_max as i64)
+        .fetch_all(self.readers())
+        .await?;
+        rows.iter().map(key_column).collect()
+    }
+}
+
+fn revision_row(row: &SqliteRow) -> Result<ConfigRevisionRow, StoreError> {
+    Ok(ConfigRevisionRow {
+        revision: count_column(row, "revision")?,
+        config: column(row, "config")?,
+        request_id: column(row, "request_id")?,
+        comment: column(row, "comment")?,
+        create_time: time_column(row, "create_time")?,
+    })
+}
+
+fn state_row(row: &SqliteRow) -> Result<ConfigStateRow, StoreError> {
+    let delivered = count_column(row, "delivered_revision")?;
+    let outcome: i32 = column(row, "reported_outcome")?;
+    let reported = match ConfigOutcome::from_code(outcome) {
+        None => None,
+        Some(outcome) => Some(ConfigReportRow {
+            revision: count_column(row, "reported_revision")?,
+            outcome,
+            detail: column(row, "reported_detail")?,
+            time: time_column(row, "reported_time")?,
+        }),
+    };
+    Ok(ConfigStateRow {
+        desired_revision: count_column(row, "desired_revision")?,
+        delivered: if delivered == 0 { None } else { Some((delivered, time_column(row, "delivered_time")?)) },
+        reported,
+        applied_revision: count_column(row, "applied_revision")?,
+    })
+}

@@ -1,0 +1,195 @@
+//! The registry of devices and sensors.
+
+use super::{SqliteStore, WriteTx, column, key_column, time_column};
+use crate::{
+    model::{DeviceId, Labels, Timestamp, ValueKind},
+    store::{DeviceKey, DeviceRow, SensorRow, StoreError},
+};
+use sqlx::{Row, sqlite::SqliteRow};
+
+/// How many rows of a deleted device one transaction deletes, so that ingest does not wait for long.
+const DELETED_ROWS_PER_TRANSACTION: i64 = 500;
+
+impl WriteTx<'_> {
+    /// Registers a device; `None` when the id is taken.
+    pub async fn insert_device(
+        &mut self,
+        id: &DeviceId,
+        labels: &Labels,
+        display_name: &str,
+        now: Timestamp,
+    ) -> Result<Option<DeviceRow>, StoreError> {
+        let row = sqlx::query("INSERT INTO devices (id, labels, display_name, revision, create_time, update_time) VALUES (?, ?, ?, 1, ?, ?) ON CONFLICT (id) DO NOTHING RETURNING *")
+            .bind(id.as_str())
+            .bind(labels.to_json())
+            .bind(display_name)
+            .bind(now.micros())
+            .bind(now.micros())
+            .fetch_optional(&mut self.connection)
+            .await?;
+        row.as_ref().map(device_row).transpose()
+    }
+
+    /// Changes a device that is still at `revision`; `None` when it is not.
+    pub async fn update_device(
+        &mut self,
+        device: DeviceKey,
+        revision: i64,
+        labels: &Labels,
+        display_name: &str,
+        now: Timestamp,
+    ) -> Result<Option<DeviceRow>, StoreError> {
+        let row = sqlx::query("UPDATE devices SET labels = ?, display_name = ?, revision = revision + 1, update_time = ? WHERE device_id = ? AND revision = ? RETURNING *")
+            .bind(labels.to_json())
+            .bind(display_name)
+            .bind(now.micros())
+            .bind(device.0)
+            .bind(revision)
+            .fetch_optional(&mut self.connection)
+            .await?;
+        row.as_ref().map(device_row).transpose()
+    }
+
+    /// Takes a device out of the registry; what it left elsewhere is for [`SqliteStore::purge_deleted`].
+    pub async fn delete_device(&mut self, device: DeviceKey) -> Result<(), StoreError> {
+        self.retire_configs(device).await?;
+        sqlx::query("DELETE FROM devices WHERE device_id = ?").bind(device.0).execute(&mut self.connection).await?;
+        sqlx::query("INSERT OR IGNORE INTO deleted_devices (device_id) VALUES (?)").bind(device.0).execute(&mut self.connection).await?;
+        Ok(())
+    }
+
+    /// Registers a sensor; the row that is there when the name is taken.
+    pub async fn insert_sensor(&mut self, device: DeviceKey, sensor: &SensorRow) -> Result<SensorRow, StoreError> {
+        let row = sqlx::query("INSERT INTO sensors (device_id, name, unit, kind, allow_non_finite, create_time) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (device_id, name) DO UPDATE SET name = name RETURNING *")
+            .bind(device.0)
+            .bind(&sensor.name)
+            .bind(&sensor.unit)
+            .bind(sensor.kind.code())
+            .bind(sensor.allow_non_finite)
+            .bind(sensor.create_time.micros())
+            .fetch_one(&mut self.connection)
+            .await?;
+        sensor_row(&row)
+    }
+
+    /// Writes a sensor's unit, which was not said before.
+    pub async fn set_sensor_unit(&mut self, sensor: &SensorRow) -> Result<(), StoreError> {
+        let query = sqlx::query("UPDATE sensors SET unit = ? WHERE sensor_id = ? AND unit = ''");
+        query.bind(&sensor.unit).bind(sensor.key).execute(&mut self.connection).await?;
+        Ok(())
+    }
+
+    /// Writes what a sensor allows.
+    pub async fn set_sensor_allowance(&mut self, sensor: &SensorRow) -> Result<(), StoreError> {
+        let query = sqlx::query("UPDATE sensors SET allow_non_finite = ? WHERE sensor_id = ?");
+        query.bind(sensor.allow_non_finite).bind(sensor.key).execute(&mut self.connection).await?;
+        Ok(())
+    }
+}
+
+impl SqliteStore {
+    /// A device by its id.
+    pub async fn device(&self, id: &DeviceId) -> Result<Option<DeviceRow>, StoreError> {
+        let row = sqlx::query("SELECT * FROM devices WHERE id = ?").bind(id.as_str()).fetch_optional(self.readers()).await?;
+        row.as_ref().map(device_row).transpose()
+    }
+
+    /// A device by its number.
+    pub async fn device_by_key(&self, device: DeviceKey) -> Result<Option<DeviceRow>, StoreError> {
+        let row = sqlx::query("SELECT * FROM devices WHERE device_id = ?").bind(device.0).fetch_optional(self.readers()).await?;
+        row.as_ref().map(device_row).transpose()
+    }
+
+    /// Devices in the order of their ids, behind the id `after`: at most `rows_max`.
+    pub async fn devices(&self, after: &str, rows_max: usize) -> Result<Vec<DeviceRow>, StoreError> {
+        let rows = sqlx::query("SELECT * FROM devices WHERE id > ? ORDER BY id LIMIT ?")
+            .bind(after)
+            .bind(rows_max as i64)
+            .fetch_all(self.readers())
+            .await?;
+        rows.iter().map(device_row).collect()
+    }
+
+    /// How many devices are registered.
+    pub async fn devices_len(&self) -> Result<usize, StoreError> {
+        let count: i64 = sqlx::query_scalar("SELECT count(*) FROM devices").fetch_one(self.readers()).await?;
+        Ok(usize::try_from(count).unwrap_or(0))
+    }
+
+    /// When a batch of the device last came in.
+    pub async fn last_receive_time(&self, device: DeviceKey) -> Result<Option<Timestamp>, StoreError> {
+        let row = sqlx::query("SELECT max(receive_time) AS receive_time FROM streams WHERE device_id = ? AND last_sequence > 0")
+            .bind(device.0)
+            .fetch_one(self.readers())
+            .await?;
+        let time: Option<i64> = row.try_get("receive_time")?;
+        Ok(time.and_then(Timestamp::from_micros))
+    }
+
+    /// The sensors of a device, in the order of their names.
+    pub async fn sensors(&self, device: DeviceKey) -> Result<Vec<SensorRow>, StoreError> {
+        let rows = sqlx::query("SELECT * FROM sensors WHERE device_id = ? ORDER BY name").bind(device.0).fetch_all(self.readers()).await?;
+        rows.iter().map(sensor_row).collect()
+    }
+
+    /// Deletes what deleted devices left, some rows a transaction, until nothing is left.
+    pub async fn purge_deleted(&self) -> Result<(), StoreError> {
+        let gone: Vec<i64> = sqlx::query_scalar("SELECT device_id FROM deleted_devices").fetch_all(self.readers()).await?;
+        for device in gone {
+            for statement in [
+                "DELETE FROM log WHERE position IN (SELECT position FROM log WHERE device_id = ? LIMIT ?)",
+                "DELETE FROM rejected_batches WHERE rejection_id IN (SELECT rejection_id FROM rejected_batches WHERE device_id = ? LIMIT ?)",
+                "DELETE FROM latest_readings WHERE sensor_id IN (SELECT sensor_id FROM latest_readings WHERE device_id = ? LIMIT ?)",
+                "DELETE FROM config_revisions WHERE (device_id, revision) IN (SELECT device_id, revision FROM config_revisions WHERE device_id = ? LIMIT ?)",
+                "DELETE FROM streams WHERE stream_key IN (SELECT stream_key FROM streams WHERE device_id = ? LIMIT ?)",
+                "DELETE FROM sensors WHERE sensor_id IN (SELECT sensor_id FROM sensors WHERE device_id = ? LIMIT ?)",
+                "DELETE FROM rejected_counts WHERE (device_id, reason) IN (SELECT device_id, reason FROM rejected_counts WHERE device_id = ? LIMIT ?)",
+                "DELETE FROM config_states WHERE device_id IN (SELECT device_id FROM config_states WHERE device_id = ? LIMIT ?)",
+            ] {
+                self.delete_in_steps(statement, device).await?;
+            }
+            let mut tx = self.begin().await?;
+            sqlx::query("DELETE FROM deleted_devices WHERE device_id = ?").bind(device).execute(&mut tx.connection).await?;
+            tx.commit().await?;
+        }
+        Ok(())
+    }
+
+    async fn delete_in_steps(&self, statement: &'static str, device: i64) -> Result<(), StoreError> {
+        loop {
+            let mut tx = self.begin().await?;
+            let query = sqlx::query(statement).bind(device).bind(DELETED_ROWS_PER_TRANSACTION);
+            let deleted = query.execute(&mut tx.connection).await?.rows_affected();
+            tx.commit().await?;
+            if deleted < DELETED_ROWS_PER_TRANSACTION as u64 {
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn device_row(row: &SqliteRow) -> Result<DeviceRow, StoreError> {
+    let id: &str = row.try_get("id")?;
+    let labels: &str = row.try_get("labels")?;
+    Ok(DeviceRow {
+        key: key_column(row)?,
+        id: DeviceId::parse(id).map_err(StoreError::Damaged)?,
+        labels: Labels::from_json(labels).map_err(|why| StoreError::Damaged(format!("the labels of device {id}: {why}")))?,
+        display_name: column(row, "display_name")?,
+        revision: column(row, "revision")?,
+        create_time: time_column(row, "create_time")?,
+        update_time: time_column(row, "update_time")?,
+    })
+}
+
+fn sensor_row(row: &SqliteRow) -> Result<SensorRow, StoreError> {
+    let kind: i32 = column(row, "kind")?;
+    Ok(SensorRow {
+        key: column(row, "sensor_id")?,
+        name: column(row, "name")?,
+        unit: column(row, "unit")?,
+        kind: ValueKind::from_code(kind).ok_or_else(|| StoreError::Damaged(format!("{kind} is not a value kind")))?,
+        allow_non_finite: column(row, "allow_non_finite")?,
+        create_time: time_column(row, "create_time")?,
+    })
+}

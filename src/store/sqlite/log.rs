@@ -1,0 +1,255 @@
+//! The log: appending to it, reading it, and what is kept beside it in the same transaction.
+
+use super::{SqliteStore, WriteTx, as_integer, column, count_column, in_statements, key_column, time_column};
+use crate::{
+    model::{Position, StreamId, Timestamp, batch::reason_name},
+    store::{Count, DeviceKey, LedgerRow, LogPage, LogRow, NewLogRow, NewRejection, StoreError, StreamChange, StreamRow},
+};
+use bytes::Bytes;
+use futures_util::{Stream, TryStreamExt};
+use sqlx::{AssertSqlSafe, Row, sqlite::SqliteRow};
+
+/// How many streams a ledger shows.
+const LEDGER_STREAMS_MAX: usize = 100;
+
+impl WriteTx<'_> {
+    /// Where a stream stands; a new one is made when there is none.
+    pub async fn stream(&mut self, device: DeviceKey, stream_id: StreamId, now: Timestamp) -> Result<StreamRow, StoreError> {
+        let found = sqlx::query("SELECT stream_key, last_sequence FROM streams WHERE device_id = ? AND stream_id = ?")
+            .bind(device.0)
+            .bind(stream_id.as_bytes().to_vec())
+            .fetch_optional(&mut self.connection)
+            .await?;
+        if let Some(row) = found {
+            return Ok(StreamRow { key: column(&row, "stream_key")?, last_sequence: count_column(&row, "last_sequence")? });
+        }
+        let key = sqlx::query_scalar("INSERT INTO streams (device_id, stream_id, last_sequence, stored_batches, stored_readings, duplicate_batches, duplicate_readings, lost_batches, lost_readings, receive_time) VALUES (?, ?, 0, 0, 0, 0, 0, 0, 0, ?) RETURNING stream_key")
+            .bind(device.0)
+            .bind(stream_id.as_bytes().to_vec())
+            .bind(now.micros())
+            .fetch_one(&mut self.connection)
+            .await?;
+        Ok(StreamRow { key, last_sequence: 0 })
+    }
+
+    /// Appends to the log; returns the first of the new positions, which follow one another without a hole.
+    pub async fn append(&mut self, rows: &[NewLogRow]) -> Result<Position, StoreError> {
+        // The sequence that AUTOINCREMENT keeps: positions are never used again, also when the end of the log was deleted.
+        let last: Option<i64> =
+            sqlx::query_scalar("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetch_optional(&mut self.connection).await?;
+        let first = last.unwrap_or(0) + 1;
+        let numbered: Vec<(i64, &NewLogRow)> = (first..).zip(rows).collect();
+        let head = "INSERT INTO log (position, device_id, stream_key, sequence, receive_time, first_time, last_time, readings, batch)";
+        self.insert_rows(head, 9, "", &numbered, |query, (position, row)| {
+            query
+                .bind(*position)
+                .bind(row.device.0)
+                .bind(row.stream_key)
+                .bind(as_integer(row.sequence))
+                .bind(row.receive_time.micros())
+                .bind(row.summary.first_time.micros())
+                .bind(row.summary.last_time.micros())
+                .bind(i64::from(row.summary.readings))
+                .bind(row.batch.to_vec())
+        })
+        .await?;
+        Ok(Position(first))
+    }
+
+    /// Moves streams on, each from where this transaction read it: a row that is elsewhere is a conflict, and nothing may be committed.
+    pub async fn advance_streams(&mut self, changes: &[StreamChange]) -> Result<(), StoreError> {
+        let mut changed = 0;
+        for chunk in in_statements(changes) {
+            let tuples = vec!["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"; chunk.len()].join(", ");
+            // What a device says it lost is its own word: the sum stays an integer, whatever it says.
+            let sql = format!(
+                "UPDATE streams SET last_sequence = new.column3, \
+                 stored_batches = stored_batches + new.column4, stored_readings = stored_readings + new.column5, \
+                 duplicate_batches = duplicate_batches + new.column6, duplicate_readings = duplicate_readings + new.column7, \
+                 lost_batches = lost_batches + new.column8, \
+                 lost_readings = lost_readings + min(new.column9, 9223372036854775807 - lost_readings), receive_time = new.column10 \
+                 FROM (VALUES {tuples}) AS new WHERE streams.stream_key = new.column1 AND streams.last_sequence = new.column2"
+            );
+            let mut query = sqlx::query(AssertSqlSafe(sql));
+            for change in chunk {
+                let counts = [change.stored, change.duplicate, change.lost];
+                query = query.bind(change.key).bind(as_integer(change.sequence_before)).bind(as_integer(change.sequence_after));
+                for count in counts {
+                    query = query.bind(as_integer(count.batches)).bind(as_integer(count.readings));
+                }
+                query = query.bind(change.receive_micros);
+            }
+            changed += query.execute(&mut self.connection).await?.rows_affected();
+        }
+        let expected = changes.len() as u64;
+        if changed == expected { Ok(()) } else { Err(StoreError::StreamConflict { changed, expected }) }
+    }
+
+    /// Keeps rejected batches aside and counts them; of all that are kept, those before the last `kept_max` are deleted.
+    pub async fn reject(&mut self, rows: &[NewRejection], kept_max: u32) -> Result<(), StoreError> {
+        let head = "INSERT INTO rejected_batches (device_id, stream_key, sequence, receive_time, reason, field, message, readings, batch)";
+        self.insert_rows(head, 9, "", rows, |query, row| {
+            query
+                .bind(row.device.0)
+                .bind(row.stream_key)
+                .bind(as_integer(row.sequence))
+                .bind(row.receive_time.micros())
+                .bind(reason_name(row.reject.reason))
+                .bind(&row.reject.field)
+                .bind(&row.reject.message)
+                .bind(as_integer(row.reject.readings))
+                .bind(row.batch.to_vec())
+        })
+        .await?;
+        for row in rows {
+            sqlx::query("INSERT INTO rejected_counts (device_id, reason, batches, readings) VALUES (?, ?, 1, ?) ON CONFLICT (device_id, reason) DO UPDATE SET batches = batches + 1, readings = readings + excluded.readings")
+                .bind(row.device.0)
+                .bind(reason_name(row.reject.reason))
+                .bind(as_integer(row.reject.readings))
+                .execute(&mut self.connection)
+                .await?;
+        }
+        sqlx::query("DELETE FROM rejected_batches WHERE rejection_id <= (SELECT max(rejection_id) FROM rejected_batches) - ?")
+            .bind(i64::from(kept_max))
+            .execute(&mut self.connection)
+            .await?;
+        Ok(())
+    }
+}
+
+impl SqliteStore {
+    /// The last durable sequence of a stream; 0 when there is no such stream.
+    pub async fn last_sequence(&self, device: DeviceKey, stream_id: StreamId) -> Result<u64, StoreError> {
+        let row = sqlx::query("SELECT last_sequence FROM streams WHERE device_id = ? AND stream_id = ?")
+            .bind(device.0)
+            .bind(stream_id.as_bytes().to_vec())
+            .fetch_optional(self.readers())
+            .await?;
+        row.map_or(Ok(0), |row| count_column(&row, "last_sequence"))
+    }
+
+    /// The last position that was ever given out; 0 before the first.
+    pub async fn last_position(&self) -> Result<Position, StoreError> {
+        let last: Option<i64> =
+            sqlx::query_scalar("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetch_optional(self.readers()).await?;
+        Ok(Position(last.unwrap_or(0)))
+    }
+
+    /// All positions up to this one are gone from the log for good; 0 while none is.
+    pub async fn pruned_position(&self) -> Result<Position, StoreError> {
+        let pruned = sqlx::query_scalar("SELECT position FROM progress WHERE name = 'log_pruned'").fetch_one(self.readers()).await?;
+        Ok(Position(pruned))
+    }
+
+    /// The position of the last batch that came in before `time`; 0 when none did.
+    ///
+    /// Positions are in the order of commits and receive times nearly so: a batch that came in within the same moment may
+    /// stand on either side.
+    pub async fn position_before(&self, time: Timestamp) -> Result<Position, StoreError> {
+        let (mut low, mut high) = (self.pruned_position().await?.0 + 1, self.last_position().await?.0 + 1);
+        // Binary search by primary key: there is no index on the receive time, which would cost each append.
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let row = sqlx::query("SELECT position, receive_time FROM log WHERE position >= ? ORDER BY position LIMIT 1")
+                .bind(middle)
+                .fetch_optional(self.readers())
+                .await?;
+            match row {
+                Some(row) if time_column(&row, "receive_time")? < time => low = column::<i64>(&row, "position")? + 1,
+                _ => high = middle,
+            }
+        }
+        Ok(Position(low - 1))
+    }
+
+    /// The rows behind `after`, in order: at most `rows_max`, and no further one when there are `bytes_max`.
+    pub async fn read_log(&self, after: Position, rows_max: usize, bytes_max: usize) -> Result<Vec<LogRow>, StoreError> {
+        let query = sqlx::query("SELECT position, device_id, receive_time, batch FROM log WHERE position > ? ORDER BY position LIMIT ?");
+        let found = query.bind(after.0).bind(rows_max as i64).fetch(self.readers());
+        Ok(log_page(found, rows_max, bytes_max).await?.rows)
+    }
+
+    /// The rows of one device behind `after`, in order, of those batches that reach into the times: as many as with
+    /// [`read_log`](Self::read_log).
+    pub async fn read_device_log(
+        &self,
+        device: DeviceKey,
+        after: Position,
+        start_time: Timestamp,
+        end_time: Option<Timestamp>,
+        rows_max: usize,
+        bytes_max: usize,
+    ) -> Result<LogPage, StoreError> {
+        let found = sqlx::query("SELECT position, device_id, receive_time, batch FROM log INDEXED BY log_by_device WHERE device_id = ? AND position > ? AND last_time >= ? AND first_time < ? ORDER BY position LIMIT ?")
+            .bind(device.0)
+            .bind(after.0)
+            .bind(start_time.micros())
+            .bind(end_time.map_or(i64::MAX, Timestamp::micros))
+            .bind(rows_max as i64)
+            .fetch(self.readers());
+        log_page(found, rows_max, bytes_max).await
+    }
+
+    /// The account of a device: the sums over all of its streams, and those that were last heard of, the last first.
+    pub async fn ledger(&self, device: DeviceKey) -> Result<LedgerRow, StoreError> {
+        let mut ledger = LedgerRow::default();
+        // One read transaction: both tables as of the same commit.
+        let mut tx = self.readers().begin().await?;
+        let query = sqlx::query("SELECT * FROM streams WHERE device_id = ? ORDER BY receive_time DESC, stream_key DESC");
+        let mut streams = query.bind(device.0).fetch(&mut *tx);
+        while let Some(row) = streams.try_next().await? {
+            if ledger.streams.len() < LEDGER_STREAMS_MAX {
+                let id = StreamId::parse(row.try_get("stream_id")?).map_err(StoreError::Damaged)?;
+                ledger.streams.push((id, count_column(&row, "last_sequence")?, time_column(&row, "receive_time")?));
+            }
+            add(&mut ledger.stored, &row, "stored_batches", "stored_readings")?;
+            add(&mut ledger.duplicate, &row, "duplicate_batches", "duplicate_readings")?;
+            add(&mut ledger.lost, &row, "lost_batches", "lost_readings")?;
+        }
+        drop(streams);
+        let rejected = sqlx::query("SELECT reason, batches, readings FROM rejected_counts WHERE device_id = ? ORDER BY reason")
+            .bind(device.0)
+            .fetch_all(&mut *tx)
+            .await?;
+        for row in &rejected {
+            let mut count = Count::default();
+            add(&mut count, row, "batches", "readings")?;
+            ledger.rejected.push((column(row, "reason")?, count));
+        }
+        Ok(ledger)
+    }
+}
+
+/// Takes rows until they have `bytes_max`.
+async fn log_page(
+    mut found: impl Stream<Item = Result<SqliteRow, sqlx::Error>> + Unpin,
+    rows_max: usize,
+    bytes_max: usize,
+) -> Result<LogPage, StoreError> {
+    let (mut rows, mut bytes) = (Vec::new(), 0);
+    while bytes < bytes_max
+        && let Some(row) = found.try_next().await?
+    {
+        let row = log_row(&row)?;
+        bytes += row.batch.len();
+        rows.push(row);
+    }
+    let more = bytes >= bytes_max || rows.len() >= rows_max;
+    Ok(LogPage { rows, more })
+}
+
+fn log_row(row: &SqliteRow) -> Result<LogRow, StoreError> {
+    Ok(LogRow {
+        position: Position(column(row, "position")?),
+        device: key_column(row)?,
+        receive_time: time_column(row, "receive_time")?,
+        batch: Bytes::from(column::<Vec<u8>>(row, "batch")?),
+    })
+}
+
+fn add(count: &mut Count, row: &SqliteRow, batches: &str, readings: &str) -> Result<(), StoreError> {
+    // Devices say themselves how much they lost: the sum of it may be anything.
+    count.batches = count.batches.saturating_add(count_column(row, batches)?);
+    count.readings = count.readings.saturating_add(count_column(row, readings)?);
+    Ok(())
+}

@@ -1,0 +1,215 @@
+//! The embedded store: one SQLite file in WAL mode, one connection that writes, some that read.
+
+mod config;
+mod devices;
+mod latest;
+mod log;
+
+use super::{DeviceKey, StoreError};
+use crate::{config::Storage, model::Timestamp};
+use sqlx::{
+    AssertSqlSafe, Connection, Row, SqliteConnection, SqlitePool,
+    query::Query,
+    sqlite::{SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous},
+};
+use std::{fs::File, path::Path, sync::Arc, time::Duration};
+use tokio::sync::{Mutex, MutexGuard};
+
+/// The name of the database file in the data directory.
+const DATABASE_FILE: &str = "tidegate.db";
+/// How much the WAL grows before its pages are moved to the database. Small values make commits wait for moves.
+const WAL_PAGES_BEFORE_CHECKPOINT: &str = "10000";
+/// The page cache of a connection, in KiB (negative in SQLite's own convention).
+const CACHE_KIB: &str = "-65536";
+/// How many rows one statement inserts: few sizes, so that each is prepared once.
+const ROWS_PER_STATEMENT: [usize; 4] = [512, 64, 8, 1];
+
+type SqliteQuery<'q> = Query<'q, sqlx::Sqlite, SqliteArguments>;
+
+/// See the module.
+#[derive(Clone)]
+pub struct SqliteStore {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    options: SqliteConnectOptions,
+    writer: Mutex<Writer>,
+    readers: SqlitePool,
+}
+
+/// The one way to write.
+struct Writer {
+    // None after a failure: the next transaction begins on a new connection, with nothing but what the file holds.
+    connection: Option<SqliteConnection>,
+    // The lock on the data directory; None once the store is closed.
+    lock: Option<File>,
+}
+
+impl SqliteStore {
+    /// Opens the database in `settings.data_dir`, makes it when there is none, and brings its tables to this version's form.
+    pub async fn open(settings: &Storage) -> Result<Self, StoreError> {
+        let directory = &settings.data_dir;
+        let in_directory = |source| StoreError::Directory { path: directory.display().to_string(), source };
+        std::fs::create_dir_all(directory).map_err(in_directory)?;
+        let lock = lock_directory(directory).map_err(in_directory)?;
+        let lock = lock.ok_or_else(|| StoreError::InUse { path: directory.display().to_string() })?;
+
+        let synchronous = if settings.may_lose_commits_on_power_loss { SqliteSynchronous::Normal } else { SqliteSynchronous::Full };
+        let options = SqliteConnectOptions::new()
+            .filename(directory.join(DATABASE_FILE))
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(synchronous)
+            .busy_timeout(Duration::from_secs(5))
+            .foreign_keys(false)
+            .pragma("wal_autocheckpoint", WAL_PAGES_BEFORE_CHECKPOINT)
+            .pragma("cache_size", CACHE_KIB)
+            .statement_cache_capacity(128);
+        let mut writer = SqliteConnection::connect_with(&options).await?;
+        sqlx::migrate!("migrations/sqlite").run(&mut writer).await?;
+        let readers = SqlitePoolOptions::new()
+            .max_connections(settings.readers)
+            .acquire_timeout(Duration::from_secs(30))
+            .connect_with(options.clone().create_if_missing(false).read_only(true))
+            .await?;
+        Ok(Self {
+            shared: Arc::new(Shared { options, writer: Mutex::new(Writer { connection: Some(writer), lock: Some(lock) }), readers }),
+        })
+    }
+
+    /// Begins a transaction; waits for the one before it to end.
+    pub async fn begin(&self) -> Result<WriteTx<'_>, StoreError> {
+        let mut writer = self.shared.writer.lock().await;
+        if writer.lock.is_none() {
+            return Err(StoreError::Closed);
+        }
+        let mut connection = match writer.connection.take() {
+            Some(connection) => connection,
+            None => SqliteConnection::connect_with(&self.shared.options).await?,
+        };
+        sqlx::query("BEGIN IMMEDIATE").execute(&mut connection).await?;
+        Ok(WriteTx { writer, connection })
+    }
+
+    /// Whether the database takes a durable write now.
+    pub async fn probe_write(&self) -> Result<(), StoreError> {
+        let mut tx = self.begin().await?;
+        sqlx::query("UPDATE progress SET position = position + 1 WHERE name = 'write_probe'").execute(&mut tx.connection).await?;
+        tx.commit().await
+    }
+
+    /// Ends all connections, after what is under way, and gives the data directory back.
+    pub async fn close(&self) {
+        self.shared.readers.close().await;
+        let mut writer = self.shared.writer.lock().await;
+        if let Some(connection) = writer.connection.take()
+            && let Err(error) = connection.close().await
+        {
+            tracing::warn!(%error, "store.close_failed");
+        }
+        // Unlocked and not only closed: a process that another thread is just spawning may hold a copy of the file for a moment.
+        if let Some(lock) = writer.lock.take()
+            && let Err(error) = lock.unlock()
+        {
+            tracing::warn!(%error, "store.unlock_failed");
+        }
+    }
+
+    fn readers(&self) -> &SqlitePool {
+        &self.shared.readers
+    }
+}
+
+fn lock_directory(directory: &Path) -> Result<Option<File>, std::io::Error> {
+    let file = File::options().create(true).truncate(false).write(true).open(directory.join("tidegate.lock"))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(std::fs::TryLockError::WouldBlock) => Ok(None),
+        Err(std::fs::TryLockError::Error(error)) => Err(error),
+    }
+}
+
+/// A transaction that writes. Dropped before [`commit`](Self::commit) it leaves nothing.
+pub struct WriteTx<'a> {
+    writer: MutexGuard<'a, Writer>,
+    // Only given back to the writer by a commit or an orderly rollback; after a failure it is closed.
+    connection: SqliteConnection,
+}
+
+impl WriteTx<'_> {
+    /// Makes all of it durable. After an error it is not known whether the transaction happened: read the store.
+    pub async fn commit(self) -> Result<(), StoreError> {
+        self.commit_then(|_| ()).await
+    }
+
+    /// As [`commit`](Self::commit), and then tells whether that went well, before the next transaction can begin: what is known
+    /// in memory of the rows is so never behind what a transaction finds.
+    pub async fn commit_then(mut self, tell: impl FnOnce(bool)) -> Result<(), StoreError> {
+        let committed = sqlx::query("COMMIT").execute(&mut self.connection).await;
+        tell(committed.is_ok());
+        committed?;
+        self.writer.connection = Some(self.connection);
+        Ok(())
+    }
+
+    /// Leaves nothing of it, and keeps the connection.
+    pub async fn rollback(mut self) -> Result<(), StoreError> {
+        sqlx::query("ROLLBACK").execute(&mut self.connection).await?;
+        self.writer.connection = Some(self.connection);
+        Ok(())
+    }
+
+    /// Runs `INSERT … VALUES` for all rows, some hundred rows a statement. Returns how many rows were changed.
+    async fn insert_rows<'q, T>(
+        &mut self,
+        head: &str,
+        columns: usize,
+        tail: &str,
+        rows: &'q [T],
+        bind: impl Fn(SqliteQuery<'q>, &'q T) -> SqliteQuery<'q>,
+    ) -> Result<u64, StoreError> {
+        let mut changed = 0;
+        for chunk in in_statements(rows) {
+            let tuple = format!("({})", vec!["?"; columns].join(", "));
+            let sql = format!("{head} VALUES {} {tail}", vec![tuple.as_str(); chunk.len()].join(", "));
+            let query = chunk.iter().fold(sqlx::query(AssertSqlSafe(sql)), &bind);
+            changed += query.execute(&mut self.connection).await?.rows_affected();
+        }
+        Ok(changed)
+    }
+}
+
+/// `rows` in runs of the [`ROWS_PER_STATEMENT`].
+fn in_statements<T>(mut rows: &[T]) -> impl Iterator<Item = &[T]> {
+    std::iter::from_fn(move || {
+        let size = ROWS_PER_STATEMENT.into_iter().find(|&size| size <= rows.len())?;
+        let (chunk, rest) = rows.split_at(size);
+        rows = rest;
+        Some(chunk)
+    })
+}
+
+/// A column of a row; an error here means a damaged database, as the statements and tables are this program's.
+fn column<'r, T: sqlx::Decode<'r, sqlx::Sqlite> + sqlx::Type<sqlx::Sqlite>>(row: &'r SqliteRow, name: &str) -> Result<T, StoreError> {
+    Ok(row.try_get(name)?)
+}
+
+fn time_column(row: &SqliteRow, name: &str) -> Result<Timestamp, StoreError> {
+    let micros: i64 = column(row, name)?;
+    Timestamp::from_micros(micros).ok_or_else(|| StoreError::Damaged(format!("{name} holds {micros}, which is not a time")))
+}
+
+fn count_column(row: &SqliteRow, name: &str) -> Result<u64, StoreError> {
+    let count: i64 = column(row, name)?;
+    u64::try_from(count).map_err(|_| StoreError::Damaged(format!("{name} holds {count}, which is not a count")))
+}
+
+fn key_column(row: &SqliteRow) -> Result<DeviceKey, StoreError> {
+    Ok(DeviceKey(column(row, "device_id")?))
+}
+
+/// A count as SQLite keeps it. Sequences and counts are checked to be below 2^63 where they come in.
+fn as_integer(count: u64) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}

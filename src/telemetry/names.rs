@@ -1,0 +1,200 @@
+//! Every metric of the gateway: its name with the label values that are allowed, and [`METRICS`], the list of all.
+//!
+//! Names follow the rules that `promtool check metrics` checks: base units, `_total` for counters, a help text for each.
+//! Label values are bounded: nothing that a client can choose becomes one. `docs/METRICS.md` is held to this list by a test.
+
+/// Which kind of metric it is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Kind {
+    /// Only grows while the process runs.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// Counts observations in buckets.
+    Histogram {
+        /// The buckets' upper bounds, ascending; `+Inf` is added.
+        buckets: &'static [f64],
+    },
+}
+
+impl Kind {
+    /// As in the exposition format's `TYPE` line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Counter => "counter",
+            Self::Gauge => "gauge",
+            Self::Histogram { .. } => "histogram",
+        }
+    }
+}
+
+/// What is known of one metric before it has a value.
+#[derive(Debug, Clone, Copy)]
+pub struct Metric {
+    /// The name.
+    pub name: &'static str,
+    /// The kind.
+    pub kind: Kind,
+    /// What is counted or measured, as in the name: `requests`, `seconds`.
+    pub unit: &'static str,
+    /// The names of the labels.
+    pub labels: &'static [&'static str],
+    /// The meaning, as in the exposition format's `HELP` line.
+    pub help: &'static str,
+}
+
+impl Metric {
+    /// The row of [`METRICS`] with this name.
+    pub fn named(name: &str) -> Option<&'static Self> {
+        METRICS.iter().find(|metric| metric.name == name)
+    }
+}
+
+/// Bounds for calls: from half a millisecond to an hour, since streams are calls too.
+pub const CALL_SECONDS: &[f64] = &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 600.0, 3600.0];
+
+/// Bounds for commits: from a fast disk's sync to a stuck one's.
+pub const COMMIT_SECONDS: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0];
+/// Bounds for the sizes of groups.
+pub const COMMIT_SIZES: &[f64] = &[1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 10000.0];
+
+/// Calls begun. `method`: the full names of the RPCs that are served, such as `tidegate.v1.TelemetryService/Upload`, or `unknown`.
+pub const GRPC_REQUESTS_STARTED: &str = "tidegate_grpc_requests_started_total";
+/// Calls ended. `method`: as [`GRPC_REQUESTS_STARTED`]. `code`: the 17 names of gRPC status codes, such as `OK`, `DEADLINE_EXCEEDED`.
+pub const GRPC_REQUESTS: &str = "tidegate_grpc_requests_total";
+/// How long calls took, to the end of the response. `method`: as [`GRPC_REQUESTS_STARTED`].
+pub const GRPC_REQUEST_DURATION: &str = "tidegate_grpc_request_duration_seconds";
+/// Calls that are open. `method`: as [`GRPC_REQUESTS_STARTED`].
+pub const GRPC_REQUESTS_IN_FLIGHT: &str = "tidegate_grpc_requests_in_flight";
+/// Messages that clients sent. `method`: as [`GRPC_REQUESTS_STARTED`].
+pub const GRPC_MESSAGES_RECEIVED: &str = "tidegate_grpc_messages_received_total";
+/// Messages sent to clients. `method`: as [`GRPC_REQUESTS_STARTED`].
+pub const GRPC_MESSAGES_SENT: &str = "tidegate_grpc_messages_sent_total";
+/// Calls refused at a limit. `setting`: `grpc.unary_calls_max`, `grpc.streaming_calls_max`.
+pub const GRPC_REQUESTS_SHED: &str = "tidegate_grpc_requests_shed_total";
+/// Connections that are open.
+pub const GRPC_CONNECTIONS_OPEN: &str = "tidegate_grpc_connections_open";
+/// Connections accepted.
+pub const GRPC_CONNECTIONS: &str = "tidegate_grpc_connections_total";
+/// Connections that the operating system could not hand over.
+pub const GRPC_ACCEPT_ERRORS: &str = "tidegate_grpc_accept_errors_total";
+/// Panics in the work on calls.
+pub const PANICS: &str = "tidegate_panics_total";
+/// 1 while the gateway is ready to do its work, as `/readyz` says; else 0.
+pub const READY: &str = "tidegate_ready";
+/// Batches committed to the log.
+pub const STORED_BATCHES: &str = "tidegate_stored_batches_total";
+/// Readings in them.
+pub const STORED_READINGS: &str = "tidegate_stored_readings_total";
+/// Their bytes.
+pub const STORED_BYTES: &str = "tidegate_stored_bytes_total";
+/// Batches that came again.
+pub const DUPLICATE_BATCHES: &str = "tidegate_duplicate_batches_total";
+/// Readings in them.
+pub const DUPLICATE_READINGS: &str = "tidegate_duplicate_readings_total";
+/// Batches that can never be stored. `reason`: the names of `tidegate.v1.RejectReason` without their prefix.
+pub const REJECTED_BATCHES: &str = "tidegate_rejected_batches_total";
+/// Readings in them. `reason`: as [`REJECTED_BATCHES`].
+pub const REJECTED_READINGS: &str = "tidegate_rejected_readings_total";
+/// Batches that skipped sequences.
+pub const SEQUENCE_GAPS: &str = "tidegate_sequence_gaps_total";
+/// Batches refused while the store took none.
+pub const UNAVAILABLE_BATCHES: &str = "tidegate_unavailable_batches_total";
+/// How long a group's commit took.
+pub const COMMIT_DURATION: &str = "tidegate_commit_duration_seconds";
+/// How many batches a group had.
+pub const COMMIT_BATCHES: &str = "tidegate_commit_batches";
+/// Commits that failed.
+pub const COMMIT_FAILURES: &str = "tidegate_commit_failures_total";
+/// Bytes of batches that wait for their commit.
+pub const PENDING_BYTES: &str = "tidegate_pending_bytes";
+/// Always 1. `version`: the version of the running gateway.
+pub const BUILD_INFO: &str = "tidegate_build_info";
+/// When the process began.
+pub const PROCESS_START_TIME: &str = "process_start_time_seconds";
+/// Processor time that was used.
+pub const PROCESS_CPU: &str = "process_cpu_seconds_total";
+/// Memory that is resident.
+pub const PROCESS_RESIDENT_MEMORY: &str = "process_resident_memory_bytes";
+/// File descriptors that are open.
+pub const PROCESS_OPEN_FDS: &str = "process_open_fds";
+
+const fn metric(name: &'static str, kind: Kind, unit: &'static str, labels: &'static [&'static str], help: &'static str) -> Metric {
+    Metric { name, kind, unit, labels, help }
+}
+
+/// All metrics.
+pub static METRICS: &[Metric] = &[
+    metric(GRPC_REQUESTS_STARTED, Kind::Counter, "requests", &["method"], "Calls begun."),
+    metric(GRPC_REQUESTS, Kind::Counter, "requests", &["method", "code"], "Calls ended, by gRPC status code."),
+    metric(
+        GRPC_REQUEST_DURATION,
+        Kind::Histogram { buckets: CALL_SECONDS },
+        "seconds",
+        &["method"],
+        "How long calls took, from their beginning to the end of the response.",
+    ),
+    metric(GRPC_REQUESTS_IN_FLIGHT, Kind::Gauge, "requests", &["method"], "Calls that are open; a stream is until its response ends."),
+    metric(GRPC_MESSAGES_RECEIVED, Kind::Counter, "messages", &["method"], "Messages that clients sent."),
+    metric(GRPC_MESSAGES_SENT, Kind::Counter, "messages", &["method"], "Messages sent to clients."),
+    metric(
+        GRPC_REQUESTS_SHED,
+        Kind::Counter,
+        "requests",
+        &["setting"],
+        "Calls refused at a limit on concurrent work, by the setting that holds it.",
+    ),
+    metric(GRPC_CONNECTIONS_OPEN, Kind::Gauge, "connections", &[], "Connections that are open."),
+    metric(GRPC_CONNECTIONS, Kind::Counter, "connections", &[], "Connections accepted."),
+    metric(
+        GRPC_ACCEPT_ERRORS,
+        Kind::Counter,
+        "errors",
+        &[],
+        "Connections that the operating system could not hand over, for example for want of file descriptors.",
+    ),
+    metric(PANICS, Kind::Counter, "panics", &[], "Panics in the work on calls; each is a defect of the gateway."),
+    metric(READY, Kind::Gauge, "ready", &[], "1 while the gateway is ready to do its work, as /readyz says; else 0."),
+    metric(STORED_BATCHES, Kind::Counter, "batches", &[], "Batches committed to the log."),
+    metric(STORED_READINGS, Kind::Counter, "readings", &[], "Readings in the batches committed to the log."),
+    metric(STORED_BYTES, Kind::Counter, "bytes", &[], "Bytes of the batches committed to the log, as they were received."),
+    metric(DUPLICATE_BATCHES, Kind::Counter, "batches", &[], "Batches that came again and were not stored again."),
+    metric(DUPLICATE_READINGS, Kind::Counter, "readings", &[], "Readings in the batches that came again."),
+    metric(REJECTED_BATCHES, Kind::Counter, "batches", &["reason"], "Batches that can never be stored and were kept aside, by reason."),
+    metric(REJECTED_READINGS, Kind::Counter, "readings", &["reason"], "Readings in the rejected batches, as far as these could be read."),
+    metric(SEQUENCE_GAPS, Kind::Counter, "gaps", &[], "Batches that skipped sequences, and were refused until those before them come."),
+    metric(
+        UNAVAILABLE_BATCHES,
+        Kind::Counter,
+        "batches",
+        &[],
+        "Batches refused because the store took no writes; devices send them again.",
+    ),
+    metric(
+        COMMIT_DURATION,
+        Kind::Histogram { buckets: COMMIT_SECONDS },
+        "seconds",
+        &[],
+        "How long it took to commit a group of batches, from deciding on the first to the durable commit.",
+    ),
+    metric(COMMIT_BATCHES, Kind::Histogram { buckets: COMMIT_SIZES }, "batches", &[], "How many batches were committed as one group."),
+    metric(
+        COMMIT_FAILURES,
+        Kind::Counter,
+        "failures",
+        &[],
+        "Commits that failed; after each the gateway takes nothing until the store has recovered.",
+    ),
+    metric(
+        PENDING_BYTES,
+        Kind::Gauge,
+        "bytes",
+        &[],
+        "Bytes of batches that wait for their commit; at ingest.pending_bytes_max uploads are no longer read.",
+    ),
+    metric(BUILD_INFO, Kind::Gauge, "info", &["version"], "Always 1; the label tells the version of the running gateway."),
+    metric(PROCESS_START_TIME, Kind::Gauge, "seconds", &[], "When the process began, in seconds since 1970-01-01T00:00:00Z."),
+    metric(PROCESS_CPU, Kind::Counter, "seconds", &[], "Processor time that the process has used, in user and system mode."),
+    metric(PROCESS_RESIDENT_MEMORY, Kind::Gauge, "bytes", &[], "Memory of the process that is resident."),
+    metric(PROCESS_OPEN_FDS, Kind::Gauge, "fds", &[], "File descriptors that the process has open."),
+];

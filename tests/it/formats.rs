@@ -1,0 +1,53 @@
+//! What earlier versions wrote is read by this one. `tests/fixtures` has a database for each version of the tables, as SQL.
+//!
+//! A fixture also keeps its migration from being edited: the database holds a hash of it.
+
+use crate::support::{
+    TestGateway,
+    client::{T0, TestDevice, configs, nth_batch, nth_temperatures},
+};
+use sqlx::{AssertSqlSafe, Connection, SqliteConnection};
+use tempfile::TempDir;
+use tidegate::{
+    model::StreamId,
+    pb::{self, ConfigState},
+};
+
+/// The database of a fixture in a data directory, as a gateway of then left it.
+async fn restore(fixture: &str) -> TempDir {
+    let directory = TempDir::new().expect("a temporary directory");
+    let url = format!("sqlite://{}?mode=rwc", directory.path().join("tidegate.db").display());
+    let mut database = SqliteConnection::connect(&url).await.expect("made");
+    sqlx::raw_sql(AssertSqlSafe(fixture.to_owned())).execute(&mut database).await.expect("the fixture is SQL");
+    database.close().await.expect("closed");
+    directory
+}
+
+/// The device of every fixture: batches 1, 2 and 4 stored, 3 rejected, configuration 1 applied.
+async fn check(gateway: TestGateway) {
+    let channel = gateway.channel();
+    let stream_id = StreamId::parse(&std::array::from_fn::<u8, 16, _>(|index| index as u8 + 1)).expect("a UUID");
+    let device = TestDevice { stream_id, ..TestDevice::new(&channel, "pump-1") };
+    assert_eq!(device.position().await, 4);
+    assert_eq!(device.stored_temperatures().await, nth_temperatures([1, 2, 4]));
+    let ledger = device.ledger().await;
+    assert_eq!(ledger.stored, Some(pb::Tally { batches: 3, readings: 30 }));
+    assert_eq!(ledger.rejected[0].reason(), pb::RejectReason::KindChanged);
+    let config = configs(&channel).get_config(pb::GetConfigRequest { device: "pump-1".into() }).await.expect("set").into_inner();
+    let config = config.config.expect("set");
+    assert_eq!((config.state(), config.applied_revision), (ConfigState::Applied, 1));
+    let mut follower = crate::support::client::live(&channel).follow(pb::FollowRequest::default()).await.expect("begun").into_inner();
+    let latest = follower.message().await.expect("no error").expect("a message").message;
+    let Some(pb::follow_response::Message::Latest(latest)) = latest else { panic!("not the latest values: {latest:?}") };
+    assert_eq!(latest.batch.expect("set").frames[0].base_time_us, T0 + 49_000_000);
+
+    // And it goes on from there.
+    let response = device.upload([(4, nth_batch(4)), (5, nth_batch(5))]).await.expect("accepted");
+    assert_eq!((response.last_durable_sequence, response.duplicate.map(|tally| tally.batches)), (5, Some(1)));
+    assert!(gateway.stop().await);
+}
+
+#[tokio::test]
+async fn a_database_of_version_1_is_read_and_written() {
+    check(TestGateway::start_on(restore(include_str!("../fixtures/sqlite_0001.sql")).await).await).await;
+}

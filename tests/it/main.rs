@@ -1,0 +1,20 @@
+//! Tests of the whole gateway through its doors: real gateways on free ports, real files, real clients.
+//!
+//! One binary, so that it is linked once.
+#![allow(clippy::print_stderr, reason = "a skipped test says so")]
+
+mod support;
+
+mod cli;
+mod configure;
+mod devices;
+mod fleet;
+mod follow;
+mod formats;
+mod lifecycle;
+mod link;
+mod python;
+mod readme;
+mod sizes;
+mod store_failure;
+mod upload;

@@ -1,0 +1,168 @@
+//! Answers are cut to what clients take by default, and what is in memory for them is bounded.
+
+use crate::support::{
+    TestGateway,
+    client::{SECOND, T0, TestDevice, column, configs, devices, encode, frame, live, query},
+    eventually, soon,
+};
+use std::{collections::BTreeSet, time::Duration};
+use tidegate::{
+    error::StatusFacts,
+    model::columns::Values,
+    pb::{self, configure_request, configure_response, follow_response, reading_service_client::ReadingServiceClient, set_config},
+};
+use tonic::{Code, Request};
+
+const TEXTS_PER_BATCH: usize = 250;
+
+/// A batch of nearly 1 MiB: as many texts of one sensor as a batch takes, a second apart.
+fn texts(sequence: u64) -> bytes::Bytes {
+    let begin = T0 + i64::try_from(sequence).expect("small") * 1_000 * SECOND;
+    encode(vec![frame(begin, vec![column("note", "", Values::Text(vec!["x".repeat(4_096); TEXTS_PER_BATCH]))])])
+}
+
+fn query_of(device: &TestDevice) -> pb::QueryReadingsRequest {
+    pb::QueryReadingsRequest { device: device.id.clone(), ..Default::default() }
+}
+
+#[tokio::test]
+async fn a_query_of_long_texts_comes_in_small_pieces_until_it_takes_too_much_memory() {
+    let gateway = TestGateway::start_with(|config| config.query.bytes_max = 8 << 20).await;
+    let channel = gateway.channel();
+    let device = TestDevice::new(&channel, "pump-1");
+    device.upload((1..=6).map(|sequence| (sequence, texts(sequence)))).await.expect("accepted");
+    let (times, values) = query(&channel, query_of(&device)).await.expect("6 MB in pieces").remove("note").expect("there");
+    assert_eq!((times.len(), values.len()), (6 * TEXTS_PER_BATCH, 6 * TEXTS_PER_BATCH));
+    device.upload((7..=9).map(|sequence| (sequence, texts(sequence)))).await.expect("accepted");
+    let status = query(&channel, query_of(&device)).await.expect_err("9 MB");
+    let info = StatusFacts::of(&status).info.expect("ErrorInfo");
+    assert_eq!((status.code(), info.reason.as_str()), (Code::ResourceExhausted, "QUERY_TOO_LARGE"));
+    assert_eq!((info.metadata["setting"].as_str(), info.metadata["limit"].as_str()), ("query.bytes_max", "8388608"));
+}
+
+#[tokio::test]
+async fn an_answer_that_is_not_read_counts_against_the_queries_until_it_is_dropped() {
+    let gateway = TestGateway::start_with(|config| config.query.concurrent_max = 1).await;
+    let channel = gateway.channel();
+    let device = TestDevice::new(&channel, "pump-1");
+    // More than the connection holds without being read.
+    device.upload((1..=8).map(|sequence| (sequence, texts(sequence)))).await.expect("accepted");
+    let mut client = ReadingServiceClient::new(channel.clone());
+    let unread = client.query_readings(query_of(&device)).await.expect("begun").into_inner();
+    let mut second = Request::new(query_of(&device));
+    second.set_timeout(Duration::from_millis(500));
+    let status = client.query_readings(second).await.expect_err("there may be one answer at a time");
+    assert!(matches!(status.code(), Code::DeadlineExceeded | Code::Cancelled), "{status:?}");
+    drop(unread);
+    let answer = soon("the place is free", query(&channel, query_of(&device))).await.expect("answered");
+    assert_eq!(answer["note"].0.len(), 8 * TEXTS_PER_BATCH);
+}
+
+#[tokio::test]
+async fn the_latest_readings_of_a_device_with_much_text_come_in_several_messages() {
+    let gateway = TestGateway::start_with(|config| config.devices.sensors_max = 1_200).await;
+    let channel = gateway.channel();
+    let device = TestDevice::new(&channel, "pump-1");
+    let text = |index: usize| column(&format!("s{index}"), "", Values::Text(vec!["x".repeat(4_096)]));
+    let batches = (0..6).map(|batch| encode(vec![frame(T0, (batch * 200..batch * 200 + 200).map(text).collect())]));
+    device.upload((1..).zip(batches)).await.expect("accepted");
+    let mut shown = live(&channel).follow(pb::FollowRequest::default()).await.expect("begun").into_inner();
+    let mut sensors = BTreeSet::new();
+    loop {
+        let response = soon("the next message", shown.message()).await.expect("small enough").expect("not the end");
+        match response.message.expect("set") {
+            follow_response::Message::Latest(latest) => {
+                let columns = latest.batch.expect("set").frames.into_iter().flat_map(|frame| frame.columns);
+                columns.for_each(|column| assert!(sensors.insert(column.sensor), "each sensor once"));
+            }
+            other => {
+                assert!(matches!(other, follow_response::Message::Synced(_)), "{other:?}");
+                break;
+            }
+        }
+    }
+    assert_eq!(sensors.len(), 1_200);
+}
+
+#[tokio::test]
+async fn pages_of_large_devices_are_short_and_all_of_them_are_whole() {
+    let gateway = TestGateway::start().await;
+    let mut client = devices(&gateway.channel());
+    let labels = |value: &str| (0..64).map(|index| (format!("{}{index:02}", "k".repeat(61)), value.repeat(255))).collect();
+    let ids: Vec<String> = (0..250).map(|index| format!("pump-{index:03}")).collect();
+    for id in &ids {
+        let device = pb::Device { id: id.clone(), labels: labels("v"), ..Default::default() };
+        client.create_device(pb::CreateDeviceRequest { device: Some(device) }).await.expect("created");
+    }
+    let (mut found, mut page_token) = (Vec::new(), String::new());
+    loop {
+        let request = pb::ListDevicesRequest { page_size: 1_000, page_token, ..Default::default() };
+        let page = client.list_devices(request).await.expect("small enough").into_inner();
+        found.extend(page.devices.into_iter().map(|device| device.id));
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(found, ids);
+}
+
+#[tokio::test]
+async fn pages_of_large_configurations_are_short_and_all_of_them_are_whole() {
+    const REVISIONS: u64 = 75;
+    let gateway = TestGateway::start().await;
+    let channel = gateway.channel();
+    let device = pb::Device { id: "pump-1".into(), ..Default::default() };
+    devices(&channel).create_device(pb::CreateDeviceRequest { device: Some(device) }).await.expect("created");
+    let set = |request: u64| {
+        let text = prost_types::Value { kind: Some(prost_types::value::Kind::StringValue("x".repeat(60_000))) };
+        let set = pb::SetConfig {
+            request_id: request.to_string(),
+            target: Some(set_config::Target::Device("pump-1".into())),
+            config: Some(prost_types::Struct { fields: [("text".to_owned(), text)].into() }),
+            ..Default::default()
+        };
+        pb::ConfigureRequest { message: Some(configure_request::Message::Set(set)) }
+    };
+    let requests = tokio_stream::iter((1..=REVISIONS).map(set));
+    let mut events = configs(&channel).configure(requests).await.expect("begun").into_inner();
+    let mut accepted = 0;
+    while accepted < REVISIONS {
+        let response = soon("all are accepted", events.message()).await.expect("no error").expect("not the end");
+        if let Some(configure_response::Message::SetDone(done)) = response.message {
+            accepted += done.accepted;
+        }
+    }
+    let (mut found, mut page_token) = (Vec::new(), String::new());
+    loop {
+        let request = pb::ListConfigRevisionsRequest { device: "pump-1".into(), page_size: 1_000, page_token };
+        let page = configs(&channel).list_config_revisions(request).await.expect("small enough").into_inner();
+        found.extend(page.revisions.into_iter().map(|revision| revision.revision));
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(found, (1..=REVISIONS).rev().collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_ledger_shows_the_last_streams_and_counts_all_however_much_devices_say() {
+    let gateway = TestGateway::start().await;
+    let channel = gateway.channel();
+    let batch = crate::support::client::temperatures(T0, &[1.0]);
+    let streams: Vec<TestDevice> = (0..103).map(|_| TestDevice::new(&channel, "pump-1")).collect();
+    for (index, stream) in streams.iter().enumerate() {
+        let lost_readings = if index < 3 { i64::MAX as u64 } else { 0 };
+        let lost = pb::UploadRequest { lost_batches: 1, lost_readings, ..stream.request(2, batch.clone()) };
+        stream.upload_requests(vec![lost]).await.expect("accepted");
+    }
+    let ledger = eventually("all is counted", || async {
+        let ledger = streams[0].ledger().await;
+        (ledger.stored == Some(pb::Tally { batches: 103, readings: 103 })).then_some(ledger)
+    })
+    .await;
+    assert_eq!(ledger.lost, Some(pb::Tally { batches: 103, readings: u64::MAX }));
+    let last: Vec<&[u8]> = streams[3..].iter().rev().map(|stream| &stream.stream_id.as_bytes()[..]).collect();
+    assert_eq!(ledger.streams.iter().map(|stream| &stream.stream_id[..]).collect::<Vec<_>>(), last);
+}

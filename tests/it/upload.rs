@@ -1,0 +1,209 @@
+//! Upload: what is acknowledged is stored exactly once, and what can't be stored is told.
+
+use crate::support::{
+    TestGateway,
+    client::{SECOND, T0, TestDevice, column, devices, encode, frame, nth_batch, nth_temperatures, temperatures},
+};
+use tidegate::{
+    error::StatusFacts,
+    model::columns::Values,
+    pb::{self, RejectReason},
+};
+use tonic::Code;
+
+#[tokio::test]
+async fn what_is_acknowledged_is_stored_and_what_comes_again_is_not_stored_again() {
+    let gateway = TestGateway::start().await;
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    assert_eq!(device.position().await, 0);
+
+    let first = device.upload_nth(1..=5).await.expect("accepted");
+    assert_eq!(first.last_durable_sequence, 5);
+    assert_eq!(first.accepted, Some(pb::Tally { batches: 5, readings: 50 }));
+
+    let again = device.upload_nth(3..=7).await.expect("accepted");
+    assert_eq!(again.last_durable_sequence, 7);
+    assert_eq!(again.duplicate, Some(pb::Tally { batches: 3, readings: 30 }));
+    assert_eq!(again.accepted, Some(pb::Tally { batches: 2, readings: 20 }));
+
+    let late = device.upload_nth(1..=2).await.expect("accepted");
+    assert_eq!(late.last_durable_sequence, 7, "the stream's place, not that of the call's batches");
+    assert_eq!(device.stored_temperatures().await, nth_temperatures(1..=7));
+
+    let gateway = gateway.restart().await;
+    let device = device.on(&gateway.channel());
+    assert_eq!(device.position().await, 7);
+    assert_eq!(device.upload_nth(7..=8).await.expect("accepted").duplicate, Some(pb::Tally { batches: 1, readings: 10 }));
+    let ledger = device.ledger().await;
+    assert_eq!(ledger.stored, Some(pb::Tally { batches: 8, readings: 80 }));
+    assert_eq!(ledger.duplicate, Some(pb::Tally { batches: 6, readings: 60 }));
+    assert!(gateway.stop().await);
+}
+
+#[tokio::test]
+async fn a_hole_is_refused_with_the_sequence_that_is_expected_and_what_is_before_it_is_stored() {
+    let gateway = TestGateway::start().await;
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    let status = device.upload_nth([1, 2, 5, 6]).await.expect_err("3 is missing");
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    let info = StatusFacts::of(&status).info.expect("ErrorInfo");
+    assert_eq!((info.reason.as_str(), info.metadata["expected_sequence"].as_str()), ("SEQUENCE_GAP", "3"));
+    assert_eq!(device.position().await, 2);
+
+    let new = TestDevice::new(&gateway.channel(), "pump-2");
+    let status = new.upload_nth([2]).await.expect_err("a stream begins with 1");
+    assert_eq!(StatusFacts::of(&status).info.expect("ErrorInfo").metadata["expected_sequence"], "1");
+    assert_eq!(device.stored_temperatures().await, nth_temperatures(1..=2));
+}
+
+#[tokio::test]
+async fn sequences_that_the_device_lost_close_the_hole_and_are_accounted_for() {
+    let gateway = TestGateway::start().await;
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    device.upload_nth([1]).await.expect("accepted");
+    let after_loss = pb::UploadRequest { lost_batches: 3, lost_readings: 30, ..device.request(5, nth_batch(5)) };
+    let too_little = pb::UploadRequest { lost_batches: 2, ..after_loss.clone() };
+    assert_eq!(device.upload_requests(vec![too_little]).await.expect_err("2 is still missing").code(), Code::FailedPrecondition);
+    let response = device.upload_requests(vec![after_loss.clone(), after_loss]).await.expect("accepted");
+    assert_eq!((response.last_durable_sequence, response.duplicate.map(|tally| tally.batches)), (5, Some(1)));
+    assert_eq!(device.ledger().await.lost, Some(pb::Tally { batches: 3, readings: 30 }));
+}
+
+/// Sums of what devices say must not be what stops the writer for everybody.
+#[tokio::test]
+async fn a_device_that_says_it_lost_more_than_there_can_be_harms_nobody() {
+    let gateway = TestGateway::start().await;
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    let all = i64::MAX as u64;
+    let lossy = |sequence| pb::UploadRequest { lost_batches: 1, lost_readings: all, ..device.request(sequence, nth_batch(sequence)) };
+    device.upload_requests(vec![lossy(2), lossy(4), lossy(6)]).await.expect("accepted");
+    device.upload_requests(vec![lossy(8)]).await.expect("accepted");
+    assert_eq!(device.ledger().await.lost, Some(pb::Tally { batches: 4, readings: all }));
+    let too_many = pb::UploadRequest { lost_readings: all + 1, ..lossy(10) };
+    assert_eq!(device.upload_requests(vec![too_many]).await.expect_err("out of range").code(), Code::InvalidArgument);
+    TestDevice::new(&gateway.channel(), "pump-2").upload_nth([1]).await.expect("accepted");
+}
+
+#[tokio::test]
+async fn a_batch_that_can_never_be_stored_is_told_counted_and_does_not_block_those_behind_it() {
+    let gateway = TestGateway::start_with(|config| config.devices.sensors_max = 2).await;
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    let one = |columns| encode(vec![frame(T0, columns)]);
+    let bad = [
+        (one(vec![column("t", "Cel", Values::Int64(vec![1]))]), RejectReason::KindChanged),
+        (one(vec![column("t", "K", Values::Double(vec![1.0]))]), RejectReason::UnitChanged),
+        (one(vec![column("t", "Cel", Values::Double(vec![f64::NAN]))]), RejectReason::NonFinite),
+        (one(vec![column("u", "", Values::Bool(vec![true])), column("v", "", Values::Bool(vec![true]))]), RejectReason::TooManySensors),
+        (temperatures(i64::MAX, &[1.0]), RejectReason::TimeInFuture),
+        (encode(vec![]), RejectReason::Empty),
+        (bytes::Bytes::from_static(b"\xff\xff"), RejectReason::Malformed),
+    ];
+    let mut batches = vec![(1, nth_batch(1))];
+    batches.extend((2..).zip(bad.iter().map(|(batch, _)| batch.clone())));
+    batches.push((9, nth_batch(9)));
+    let response = device.upload(batches).await.expect("the call does not fail");
+    assert_eq!(response.accepted, Some(pb::Tally { batches: 2, readings: 20 }));
+    assert_eq!(response.last_durable_sequence, 9);
+    let told: Vec<(u64, RejectReason)> = response.rejected.iter().map(|rejected| (rejected.sequence, rejected.reason())).collect();
+    assert_eq!(told, (2..).zip(bad.iter().map(|(_, reason)| *reason)).collect::<Vec<_>>());
+    assert!(response.rejected.iter().all(|rejected| !rejected.message.is_empty()));
+    assert_eq!(response.rejected[0].field, "frames[0].columns[0]");
+    assert_eq!(response.rejected_counts.iter().map(|count| count.batches).sum::<u64>(), 7);
+
+    let again = device.upload([(2, bad[0].0.clone())]).await.expect("answered");
+    assert_eq!(again.duplicate.map(|tally| tally.batches), Some(1), "a rejected batch has used its sequence");
+
+    let gateway = gateway.restart().await;
+    let device = device.on(&gateway.channel());
+    let ledger = device.ledger().await;
+    assert_eq!((ledger.stored.map(|tally| tally.batches), ledger.rejected.len()), (Some(2), 7));
+    assert_eq!(device.stored_temperatures().await, nth_temperatures([1, 9]));
+}
+
+#[tokio::test]
+async fn nan_is_stored_where_the_sensor_allows_it() {
+    let gateway = TestGateway::start().await;
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    let of_kind = |kind| pb::Sensor { name: "t".into(), kind, allow_non_finite: true, ..Default::default() };
+    let mut operator = devices(&gateway.channel());
+    operator
+        .create_device(pb::CreateDeviceRequest { device: Some(pb::Device { id: "pump-1".into(), ..Default::default() }) })
+        .await
+        .expect("created");
+    let request = |sensor, allow_missing| pb::UpdateSensorRequest { device: "pump-1".into(), sensor: Some(sensor), allow_missing };
+    let missing = operator.update_sensor(request(of_kind(1), false)).await.expect_err("there is no such sensor yet");
+    assert_eq!(StatusFacts::of(&missing).reason(), "SENSOR_NOT_FOUND");
+    assert_eq!(operator.update_sensor(request(of_kind(2), true)).await.expect_err("an int64 has no NaN").code(), Code::InvalidArgument);
+    operator.update_sensor(request(of_kind(1), true)).await.expect("registered");
+
+    let response = device.upload([(1, temperatures(T0, &[1.0, f64::NAN, f64::NEG_INFINITY]))]).await.expect("answered");
+    assert_eq!(response.accepted.map(|tally| tally.readings), Some(3), "{response:?}");
+    let stored = device.stored_temperatures().await;
+    assert!(stored[1].1.is_nan() && stored[2] == (T0 + 2 * SECOND, f64::NEG_INFINITY));
+}
+
+#[tokio::test]
+async fn every_violation_of_a_request_is_told_at_once() {
+    let gateway = TestGateway::start().await;
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    let bad = pb::UploadRequest { device: "no/good".into(), stream_id: vec![1].into(), sequence: 0, ..device.request(1, nth_batch(1)) };
+    let status = device.upload_requests(vec![bad]).await.expect_err("bad");
+    assert_eq!(status.code(), Code::InvalidArgument);
+    let fields: Vec<String> = StatusFacts::of(&status).violations.into_iter().map(|violation| violation.field).collect();
+    assert_eq!(fields, ["device", "stream_id", "sequence"]);
+
+    let other = pb::UploadRequest { device: "pump-2".into(), ..device.request(2, nth_batch(2)) };
+    let status = device.upload_requests(vec![device.request(1, nth_batch(1)), other]).await.expect_err("two devices in one call");
+    assert_eq!(StatusFacts::of(&status).violations[0].field, "device");
+    assert_eq!(device.upload_requests(vec![]).await.expect_err("nothing at all").code(), Code::InvalidArgument);
+}
+
+#[tokio::test]
+async fn one_stream_fed_from_many_connections_at_once_is_stored_once() {
+    let gateway = TestGateway::start().await;
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    let feeds: Vec<_> = (0..8)
+        .map(|_| {
+            let feed = device.on(&gateway.channel());
+            // A feed that is ahead of the others' commits gets a gap; it goes on from where it is told to.
+            tokio::spawn(async move {
+                while feed.position().await < 40 {
+                    let next = feed.position().await + 1;
+                    let _ = feed.upload_nth(next..=40.min(next + 9)).await;
+                }
+            })
+        })
+        .collect();
+    for feed in feeds {
+        crate::support::soon("all feeds are done", feed).await.expect("no panic");
+    }
+    assert_eq!(device.stored_temperatures().await, nth_temperatures(1..=40));
+    assert_eq!(device.ledger().await.stored, Some(pb::Tally { batches: 40, readings: 400 }));
+}
+
+#[tokio::test]
+async fn of_two_readings_of_one_time_the_later_stored_wins() {
+    let gateway = TestGateway::start().await;
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    let twice = pb::Frame { time_deltas_us: vec![0, SECOND], ..frame(T0, vec![column("t", "Cel", Values::Double(vec![1.0, 2.0, 3.0]))]) };
+    device.upload([(1, encode(vec![twice])), (2, temperatures(T0 + SECOND, &[4.0]))]).await.expect("accepted");
+    assert_eq!(device.stored_temperatures().await, [(T0, 2.0), (T0 + SECOND, 4.0)]);
+}
+
+#[tokio::test]
+async fn all_kinds_of_values_come_back_as_they_went_in() {
+    let gateway = TestGateway::start().await;
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    let columns = [
+        ("bool", Values::Bool(vec![true, false])),
+        ("double", Values::Double(vec![-0.0, f64::MIN_POSITIVE])),
+        ("int64", Values::Int64(vec![i64::MIN, i64::MAX])),
+        ("text", Values::Text(vec![String::new(), "läuft ✓".into()])),
+    ];
+    let all = columns.iter().map(|(name, values)| column(name, "", values.clone())).collect();
+    device.upload([(1, encode(vec![frame(T0, all)]))]).await.expect("accepted");
+    let stored = device.stored().await;
+    for (name, values) in columns {
+        assert_eq!(stored[name], (vec![T0, T0 + SECOND], values));
+    }
+}
