@@ -3,15 +3,13 @@
 //! Reads run beside one another; writes go through one [`WriteTx`] at a time, which either commits whole or leaves nothing.
 //! After a write has failed its connection is thrown away, so the next one begins from what the store itself then holds.
 
+mod either;
 mod sqlite;
 
-pub use sqlite::{SqliteStore, WriteTx};
+pub use either::{Store, WriteTx};
 
 use crate::model::{BatchReject, BatchSummary, DeviceId, Labels, Position, StreamId, Timestamp, ValueKind};
 use bytes::Bytes;
-
-/// The store that the gateway runs on.
-pub type Store = SqliteStore;
 
 /// Why the store could not do what was asked. Not for clients: they are told [`crate::error::Error::StoreUnavailable`].
 #[derive(Debug, thiserror::Error)]

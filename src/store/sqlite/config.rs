@@ -1,14 +1,13 @@
 //! Desired configurations and how far they have come.
 
-use super::{SqliteStore, WriteTx, as_integer, column, count_column, key_column, time_column};
+use super::{SqliteStore, SqliteTx, as_integer, column, count_column, key_column, time_column};
 use crate::{
     model::{DeviceId, Timestamp},
     store::{ConfigOutcome, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, DeviceKey, StoreError},
 };
 use sqlx::sqlite::SqliteRow;
 
-impl WriteTx<'_> {
-    /// The latest revision; `None` when none was ever set.
+impl SqliteTx<'_> {
     pub async fn latest_config(&mut self, device: DeviceKey) -> Result<Option<ConfigRevisionRow>, StoreError> {
         let row = sqlx::query("SELECT * FROM config_revisions WHERE device_id = ? ORDER BY revision DESC LIMIT 1")
             .bind(device.0)
@@ -17,7 +16,6 @@ impl WriteTx<'_> {
         row.as_ref().map(revision_row).transpose()
     }
 
-    /// The highest revision that an earlier device of this id had; 0 when there was none.
     pub async fn retired_revision(&mut self, id: &DeviceId) -> Result<u64, StoreError> {
         let row =
             sqlx::query("SELECT revision FROM retired_configs WHERE id = ?").bind(id.as_str()).fetch_optional(&mut self.connection).await?;
@@ -37,7 +35,6 @@ impl WriteTx<'_> {
         Ok(())
     }
 
-    /// The revision that was set under a request id.
     pub async fn config_of_request(&mut self, device: DeviceKey, request_id: &str) -> Result<Option<ConfigRevisionRow>, StoreError> {
         let row = sqlx::query("SELECT * FROM config_revisions WHERE device_id = ? AND request_id = ? AND request_id <> ''")
             .bind(device.0)
@@ -47,7 +44,6 @@ impl WriteTx<'_> {
         row.as_ref().map(revision_row).transpose()
     }
 
-    /// Adds a revision and makes it the desired one.
     pub async fn insert_config(&mut self, device: DeviceKey, row: &ConfigRevisionRow) -> Result<(), StoreError> {
         sqlx::query(
             "INSERT INTO config_revisions (device_id, revision, config, request_id, comment, create_time) VALUES (?, ?, ?, ?, ?, ?)",
@@ -68,7 +64,6 @@ impl WriteTx<'_> {
         Ok(())
     }
 
-    /// Notes that a revision was sent to the device. Whether anything changed.
     pub async fn note_delivered(&mut self, device: DeviceKey, revision: u64, now: Timestamp) -> Result<bool, StoreError> {
         let done = sqlx::query(
             "UPDATE config_states SET delivered_revision = ?2, delivered_time = ?3 WHERE device_id = ?1 AND delivered_revision < ?2",
@@ -81,8 +76,6 @@ impl WriteTx<'_> {
         Ok(done.rows_affected() > 0)
     }
 
-    /// Notes what a device reported. A report on a revision that was never set is void, as is one on a revision older than
-    /// the last reported one, unless it says that the device went back from what it runs with. Whether anything changed.
     pub async fn note_report(&mut self, device: DeviceKey, report: &ConfigReportRow) -> Result<bool, StoreError> {
         let known = sqlx::query("SELECT 1 FROM config_revisions WHERE device_id = ? AND revision = ?")
             .bind(device.0)
@@ -128,7 +121,6 @@ impl WriteTx<'_> {
 }
 
 impl SqliteStore {
-    /// How far the device's configuration has come, with its desired revision; `None` when none was ever set.
     pub async fn config(&self, device: DeviceKey) -> Result<Option<(ConfigRevisionRow, ConfigStateRow)>, StoreError> {
         let row = sqlx::query("SELECT * FROM config_states s JOIN config_revisions r ON r.device_id = s.device_id AND r.revision = s.desired_revision WHERE s.device_id = ?")
             .bind(device.0)
@@ -137,7 +129,6 @@ impl SqliteStore {
         row.as_ref().map(|row| Ok((revision_row(row)?, state_row(row)?))).transpose()
     }
 
-    /// The revisions of a device before `before`, newest first: at most `rows_max`.
     pub async fn config_revisions(&self, device: DeviceKey, before: u64, rows_max: usize) -> Result<Vec<ConfigRevisionRow>, StoreError> {
         let rows = sqlx::query("SELECT * FROM config_revisions WHERE device_id = ? AND revision < ? ORDER BY revision DESC LIMIT ?")
             .bind(device.0)
@@ -148,7 +139,6 @@ impl SqliteStore {
         rows.iter().map(revision_row).collect()
     }
 
-    /// The devices behind `after` whose desired revision has not been reported on: at most `rows_max`, by number.
     pub async fn unsettled_configs(&self, after: DeviceKey, rows_max: usize) -> Result<Vec<DeviceKey>, StoreError> {
         let rows = sqlx::query(
             "SELECT device_id FROM config_states WHERE device_id > ? AND desired_revision <> reported_revision ORDER BY device_id LIMIT ?",

@@ -1,6 +1,6 @@
 //! The registry of devices and sensors.
 
-use super::{SqliteStore, WriteTx, column, key_column, time_column};
+use super::{SqliteStore, SqliteTx, column, key_column, time_column};
 use crate::{
     model::{DeviceId, Labels, Timestamp, ValueKind},
     store::{DeviceKey, DeviceRow, SensorRow, StoreError},
@@ -10,8 +10,7 @@ use sqlx::{Row, sqlite::SqliteRow};
 /// How many rows of a deleted device one transaction deletes, so that ingest does not wait for long.
 const DELETED_ROWS_PER_TRANSACTION: i64 = 500;
 
-impl WriteTx<'_> {
-    /// Registers a device; `None` when the id is taken.
+impl SqliteTx<'_> {
     pub async fn insert_device(
         &mut self,
         id: &DeviceId,
@@ -30,7 +29,6 @@ impl WriteTx<'_> {
         row.as_ref().map(device_row).transpose()
     }
 
-    /// Changes a device that is still at `revision`; `None` when it is not.
     pub async fn update_device(
         &mut self,
         device: DeviceKey,
@@ -50,7 +48,6 @@ impl WriteTx<'_> {
         row.as_ref().map(device_row).transpose()
     }
 
-    /// Takes a device out of the registry; what it left elsewhere is for [`SqliteStore::purge_deleted`].
     pub async fn delete_device(&mut self, device: DeviceKey) -> Result<(), StoreError> {
         self.retire_configs(device).await?;
         sqlx::query("DELETE FROM devices WHERE device_id = ?").bind(device.0).execute(&mut self.connection).await?;
@@ -58,7 +55,6 @@ impl WriteTx<'_> {
         Ok(())
     }
 
-    /// Registers a sensor; the row that is there when the name is taken.
     pub async fn insert_sensor(&mut self, device: DeviceKey, sensor: &SensorRow) -> Result<SensorRow, StoreError> {
         let row = sqlx::query("INSERT INTO sensors (device_id, name, unit, kind, allow_non_finite, create_time) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (device_id, name) DO UPDATE SET name = name RETURNING *")
             .bind(device.0)
@@ -72,14 +68,12 @@ impl WriteTx<'_> {
         sensor_row(&row)
     }
 
-    /// Writes a sensor's unit, which was not said before.
     pub async fn set_sensor_unit(&mut self, sensor: &SensorRow) -> Result<(), StoreError> {
         let query = sqlx::query("UPDATE sensors SET unit = ? WHERE sensor_id = ? AND unit = ''");
         query.bind(&sensor.unit).bind(sensor.key).execute(&mut self.connection).await?;
         Ok(())
     }
 
-    /// Writes what a sensor allows.
     pub async fn set_sensor_allowance(&mut self, sensor: &SensorRow) -> Result<(), StoreError> {
         let query = sqlx::query("UPDATE sensors SET allow_non_finite = ? WHERE sensor_id = ?");
         query.bind(sensor.allow_non_finite).bind(sensor.key).execute(&mut self.connection).await?;
@@ -88,19 +82,16 @@ impl WriteTx<'_> {
 }
 
 impl SqliteStore {
-    /// A device by its id.
     pub async fn device(&self, id: &DeviceId) -> Result<Option<DeviceRow>, StoreError> {
         let row = sqlx::query("SELECT * FROM devices WHERE id = ?").bind(id.as_str()).fetch_optional(self.readers()).await?;
         row.as_ref().map(device_row).transpose()
     }
 
-    /// A device by its number.
     pub async fn device_by_key(&self, device: DeviceKey) -> Result<Option<DeviceRow>, StoreError> {
         let row = sqlx::query("SELECT * FROM devices WHERE device_id = ?").bind(device.0).fetch_optional(self.readers()).await?;
         row.as_ref().map(device_row).transpose()
     }
 
-    /// Devices in the order of their ids, behind the id `after`: at most `rows_max`.
     pub async fn devices(&self, after: &str, rows_max: usize) -> Result<Vec<DeviceRow>, StoreError> {
         let rows = sqlx::query("SELECT * FROM devices WHERE id > ? ORDER BY id LIMIT ?")
             .bind(after)
@@ -110,13 +101,11 @@ impl SqliteStore {
         rows.iter().map(device_row).collect()
     }
 
-    /// How many devices are registered.
     pub async fn devices_len(&self) -> Result<usize, StoreError> {
         let count: i64 = sqlx::query_scalar("SELECT count(*) FROM devices").fetch_one(self.readers()).await?;
         Ok(usize::try_from(count).unwrap_or(0))
     }
 
-    /// When a batch of the device last came in.
     pub async fn last_receive_time(&self, device: DeviceKey) -> Result<Option<Timestamp>, StoreError> {
         let row = sqlx::query("SELECT max(receive_time) AS receive_time FROM streams WHERE device_id = ? AND last_sequence > 0")
             .bind(device.0)
@@ -126,13 +115,11 @@ impl SqliteStore {
         Ok(time.and_then(Timestamp::from_micros))
     }
 
-    /// The sensors of a device, in the order of their names.
     pub async fn sensors(&self, device: DeviceKey) -> Result<Vec<SensorRow>, StoreError> {
         let rows = sqlx::query("SELECT * FROM sensors WHERE device_id = ? ORDER BY name").bind(device.0).fetch_all(self.readers()).await?;
         rows.iter().map(sensor_row).collect()
     }
 
-    /// Deletes what deleted devices left, some rows a transaction, until nothing is left.
     pub async fn purge_deleted(&self) -> Result<(), StoreError> {
         let gone: Vec<i64> = sqlx::query_scalar("SELECT device_id FROM deleted_devices").fetch_all(self.readers()).await?;
         for device in gone {

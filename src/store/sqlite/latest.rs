@@ -8,7 +8,6 @@ use crate::{
 use bytes::Bytes;
 
 impl SqliteStore {
-    /// All latest readings, and the position that they are as of.
     pub async fn latest(&self) -> Result<(Position, Vec<LatestRow>), StoreError> {
         let mut tx = self.readers().begin().await?;
         let position: i64 = sqlx::query_scalar("SELECT position FROM progress WHERE name = 'latest_readings'").fetch_one(&mut *tx).await?;
@@ -24,8 +23,6 @@ impl SqliteStore {
         Ok((Position(position), latest.collect::<Result<_, StoreError>>()?))
     }
 
-    /// Writes latest readings that changed, but none of a device that was deleted meanwhile: nobody would delete them any more.
-    /// With a `position`, what is there is now as of it.
     pub async fn save_latest(&self, rows: &[LatestRow], position: Option<Position>) -> Result<(), StoreError> {
         let mut tx = self.begin().await?;
         let head = "INSERT INTO latest_readings (sensor_id, device_id, time, batch) SELECT * FROM (";

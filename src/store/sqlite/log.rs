@@ -1,6 +1,6 @@
 //! The log: appending to it, reading it, and what is kept beside it in the same transaction.
 
-use super::{SqliteStore, WriteTx, as_integer, column, count_column, in_statements, key_column, time_column};
+use super::{SqliteStore, SqliteTx, as_integer, column, count_column, in_statements, key_column, time_column};
 use crate::{
     model::{Position, StreamId, Timestamp, batch::reason_name},
     store::{Count, DeviceKey, LedgerRow, LogPage, LogRow, NewLogRow, NewRejection, StoreError, StreamChange, StreamRow},
@@ -12,8 +12,7 @@ use sqlx::{AssertSqlSafe, Row, sqlite::SqliteRow};
 /// How many streams a ledger shows.
 const LEDGER_STREAMS_MAX: usize = 100;
 
-impl WriteTx<'_> {
-    /// Where a stream stands; a new one is made when there is none.
+impl SqliteTx<'_> {
     pub async fn stream(&mut self, device: DeviceKey, stream_id: StreamId, now: Timestamp) -> Result<StreamRow, StoreError> {
         let found = sqlx::query("SELECT stream_key, last_sequence FROM streams WHERE device_id = ? AND stream_id = ?")
             .bind(device.0)
@@ -32,7 +31,6 @@ impl WriteTx<'_> {
         Ok(StreamRow { key, last_sequence: 0 })
     }
 
-    /// Appends to the log; returns the first of the new positions, which follow one another without a hole.
     pub async fn append(&mut self, rows: &[NewLogRow]) -> Result<Position, StoreError> {
         // The sequence that AUTOINCREMENT keeps: positions are never used again, also when the end of the log was deleted.
         let last: Option<i64> =
@@ -56,7 +54,6 @@ impl WriteTx<'_> {
         Ok(Position(first))
     }
 
-    /// Moves streams on, each from where this transaction read it: a row that is elsewhere is a conflict, and nothing may be committed.
     pub async fn advance_streams(&mut self, changes: &[StreamChange]) -> Result<(), StoreError> {
         let mut changed = 0;
         for chunk in in_statements(changes) {
@@ -85,7 +82,6 @@ impl WriteTx<'_> {
         if changed == expected { Ok(()) } else { Err(StoreError::StreamConflict { changed, expected }) }
     }
 
-    /// Keeps rejected batches aside and counts them; of all that are kept, those before the last `kept_max` are deleted.
     pub async fn reject(&mut self, rows: &[NewRejection], kept_max: u32) -> Result<(), StoreError> {
         let head = "INSERT INTO rejected_batches (device_id, stream_key, sequence, receive_time, reason, field, message, readings, batch)";
         self.insert_rows(head, 9, "", rows, |query, row| {
@@ -118,7 +114,6 @@ impl WriteTx<'_> {
 }
 
 impl SqliteStore {
-    /// The last durable sequence of a stream; 0 when there is no such stream.
     pub async fn last_sequence(&self, device: DeviceKey, stream_id: StreamId) -> Result<u64, StoreError> {
         let row = sqlx::query("SELECT last_sequence FROM streams WHERE device_id = ? AND stream_id = ?")
             .bind(device.0)
@@ -128,23 +123,17 @@ impl SqliteStore {
         row.map_or(Ok(0), |row| count_column(&row, "last_sequence"))
     }
 
-    /// The last position that was ever given out; 0 before the first.
     pub async fn last_position(&self) -> Result<Position, StoreError> {
         let last: Option<i64> =
             sqlx::query_scalar("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetch_optional(self.readers()).await?;
         Ok(Position(last.unwrap_or(0)))
     }
 
-    /// All positions up to this one are gone from the log for good; 0 while none is.
     pub async fn pruned_position(&self) -> Result<Position, StoreError> {
         let pruned = sqlx::query_scalar("SELECT position FROM progress WHERE name = 'log_pruned'").fetch_one(self.readers()).await?;
         Ok(Position(pruned))
     }
 
-    /// The position of the last batch that came in before `time`; 0 when none did.
-    ///
-    /// Positions are in the order of commits and receive times nearly so: a batch that came in within the same moment may
-    /// stand on either side.
     pub async fn position_before(&self, time: Timestamp) -> Result<Position, StoreError> {
         let (mut low, mut high) = (self.pruned_position().await?.0 + 1, self.last_position().await?.0 + 1);
         // Binary search by primary key: there is no index on the receive time, which would cost each append.
@@ -162,15 +151,12 @@ impl SqliteStore {
         Ok(Position(low - 1))
     }
 
-    /// The rows behind `after`, in order: at most `rows_max`, and no further one when there are `bytes_max`.
     pub async fn read_log(&self, after: Position, rows_max: usize, bytes_max: usize) -> Result<Vec<LogRow>, StoreError> {
         let query = sqlx::query("SELECT position, device_id, receive_time, batch FROM log WHERE position > ? ORDER BY position LIMIT ?");
         let found = query.bind(after.0).bind(rows_max as i64).fetch(self.readers());
         Ok(log_page(found, rows_max, bytes_max).await?.rows)
     }
 
-    /// The rows of one device behind `after`, in order, of those batches that reach into the times: as many as with
-    /// [`read_log`](Self::read_log).
     pub async fn read_device_log(
         &self,
         device: DeviceKey,
@@ -190,7 +176,6 @@ impl SqliteStore {
         log_page(found, rows_max, bytes_max).await
     }
 
-    /// The account of a device: the sums over all of its streams, and those that were last heard of, the last first.
     pub async fn ledger(&self, device: DeviceKey) -> Result<LedgerRow, StoreError> {
         let mut ledger = LedgerRow::default();
         // One read transaction: both tables as of the same commit.

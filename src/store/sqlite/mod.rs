@@ -79,7 +79,7 @@ impl SqliteStore {
     }
 
     /// Begins a transaction; waits for the one before it to end.
-    pub async fn begin(&self) -> Result<WriteTx<'_>, StoreError> {
+    pub async fn begin(&self) -> Result<SqliteTx<'_>, StoreError> {
         let mut writer = self.shared.writer.lock().await;
         if writer.lock.is_none() {
             return Err(StoreError::Closed);
@@ -89,10 +89,9 @@ impl SqliteStore {
             None => SqliteConnection::connect_with(&self.shared.options).await?,
         };
         sqlx::query("BEGIN IMMEDIATE").execute(&mut connection).await?;
-        Ok(WriteTx { writer, connection })
+        Ok(SqliteTx { writer, connection })
     }
 
-    /// Whether the database takes a durable write now.
     pub async fn probe_write(&self) -> Result<(), StoreError> {
         let mut tx = self.begin().await?;
         sqlx::query("UPDATE progress SET position = position + 1 WHERE name = 'write_probe'").execute(&mut tx.connection).await?;
@@ -131,14 +130,14 @@ fn lock_directory(directory: &Path) -> Result<Option<File>, std::io::Error> {
 }
 
 /// A transaction that writes. Dropped before [`commit`](Self::commit) it leaves nothing.
-pub struct WriteTx<'a> {
+pub struct SqliteTx<'a> {
     writer: MutexGuard<'a, Writer>,
     // Only given back to the writer by a commit or an orderly rollback; after a failure it is closed.
     connection: SqliteConnection,
 }
 
-impl WriteTx<'_> {
-    /// Makes all of it durable. After an error it is not known whether the transaction happened: read the store.
+impl SqliteTx<'_> {
+    /// See [`Store`](super::Store) and [`WriteTx`](super::WriteTx) for what the methods here and in the modules below do.
     pub async fn commit(self) -> Result<(), StoreError> {
         self.commit_then(|_| ()).await
     }

@@ -1,0 +1,229 @@
+//! One face for both databases: each method says what every store does, and hands on to the one that the gateway runs on.
+
+use super::{
+    ConfigReportRow, ConfigRevisionRow, ConfigStateRow, DeviceKey, DeviceRow, LatestRow, LedgerRow, LogPage, LogRow, NewLogRow,
+    NewRejection, SensorRow, StoreError, StreamChange, StreamRow,
+    sqlite::{SqliteStore, SqliteTx},
+};
+use crate::{
+    config::Storage,
+    model::{DeviceId, Labels, Position, StreamId, Timestamp},
+};
+
+/// The store that the gateway runs on. Cheap to clone.
+#[derive(Clone)]
+pub enum Store {
+    /// One file, one gateway.
+    Sqlite(SqliteStore),
+}
+
+/// A transaction that writes. Dropped before [`commit`](Self::commit) it leaves nothing.
+pub enum WriteTx<'a> {
+    /// Into the file.
+    Sqlite(SqliteTx<'a>),
+}
+
+/// Methods that call the same method of the store or transaction at hand.
+macro_rules! hand_on {
+    () => {};
+    ($(#[$doc:meta])* async fn $name:ident(&self $(, $arg:ident: $type:ty)* $(,)?) -> $result:ty; $($rest:tt)*) => {
+        $(#[$doc])*
+        pub async fn $name(&self $(, $arg: $type)*) -> $result {
+            match self {
+                Self::Sqlite(store) => store.$name($($arg),*).await,
+            }
+        }
+        hand_on! { $($rest)* }
+    };
+    ($(#[$doc:meta])* async fn $name:ident(&mut self $(, $arg:ident: $type:ty)* $(,)?) -> $result:ty; $($rest:tt)*) => {
+        $(#[$doc])*
+        pub async fn $name(&mut self $(, $arg: $type)*) -> $result {
+            match self {
+                Self::Sqlite(tx) => tx.$name($($arg),*).await,
+            }
+        }
+        hand_on! { $($rest)* }
+    };
+}
+
+impl Store {
+    /// Opens the database that the settings name, makes it when there is none, and brings its tables to this version's form.
+    pub async fn open(settings: &Storage) -> Result<Self, StoreError> {
+        Ok(Self::Sqlite(SqliteStore::open(settings).await?))
+    }
+
+    /// Begins a transaction; waits for the one before it to end.
+    pub async fn begin(&self) -> Result<WriteTx<'_>, StoreError> {
+        match self {
+            Self::Sqlite(store) => Ok(WriteTx::Sqlite(store.begin().await?)),
+        }
+    }
+
+    /// Ends all connections, after what is under way.
+    pub async fn close(&self) {
+        match self {
+            Self::Sqlite(store) => store.close().await,
+        }
+    }
+
+    hand_on! {
+        /// Whether the database takes a durable write now.
+        async fn probe_write(&self) -> Result<(), StoreError>;
+
+        /// The last durable sequence of a stream; 0 when there is no such stream.
+        async fn last_sequence(&self, device: DeviceKey, stream_id: StreamId) -> Result<u64, StoreError>;
+
+        /// The last position that was ever given out; 0 before the first.
+        async fn last_position(&self) -> Result<Position, StoreError>;
+
+        /// All positions up to this one are gone from the log for good; 0 while none is.
+        async fn pruned_position(&self) -> Result<Position, StoreError>;
+
+        /// The position of the last batch that came in before `time`; 0 when none did.
+        ///
+        /// Positions are in the order of commits and receive times nearly so: a batch that came in within the same moment may
+        /// stand on either side.
+        async fn position_before(&self, time: Timestamp) -> Result<Position, StoreError>;
+
+        /// The rows behind `after`, in order: at most `rows_max`, and no further one when there are `bytes_max`.
+        async fn read_log(&self, after: Position, rows_max: usize, bytes_max: usize) -> Result<Vec<LogRow>, StoreError>;
+
+        /// The rows of one device behind `after`, in order, of those batches that reach into the times: as many as with
+        /// [`read_log`](Self::read_log).
+        async fn read_device_log(
+            &self,
+            device: DeviceKey,
+            after: Position,
+            start_time: Timestamp,
+            end_time: Option<Timestamp>,
+            rows_max: usize,
+            bytes_max: usize,
+        ) -> Result<LogPage, StoreError>;
+
+        /// The account of a device: the sums over all of its streams, and those that were last heard of, the last first.
+        async fn ledger(&self, device: DeviceKey) -> Result<LedgerRow, StoreError>;
+
+        /// A device by its id.
+        async fn device(&self, id: &DeviceId) -> Result<Option<DeviceRow>, StoreError>;
+
+        /// A device by its number.
+        async fn device_by_key(&self, device: DeviceKey) -> Result<Option<DeviceRow>, StoreError>;
+
+        /// Devices in the order of their ids, behind the id `after`: at most `rows_max`.
+        async fn devices(&self, after: &str, rows_max: usize) -> Result<Vec<DeviceRow>, StoreError>;
+
+        /// How many devices are registered.
+        async fn devices_len(&self) -> Result<usize, StoreError>;
+
+        /// When a batch of the device last came in.
+        async fn last_receive_time(&self, device: DeviceKey) -> Result<Option<Timestamp>, StoreError>;
+
+        /// The sensors of a device, in the order of their names.
+        async fn sensors(&self, device: DeviceKey) -> Result<Vec<SensorRow>, StoreError>;
+
+        /// Deletes what deleted devices left, some rows a transaction, until nothing is left.
+        async fn purge_deleted(&self) -> Result<(), StoreError>;
+
+        /// How far the device's configuration has come, with its desired revision; `None` when none was ever set.
+        async fn config(&self, device: DeviceKey) -> Result<Option<(ConfigRevisionRow, ConfigStateRow)>, StoreError>;
+
+        /// The revisions of a device before `before`, newest first: at most `rows_max`.
+        async fn config_revisions(&self, device: DeviceKey, before: u64, rows_max: usize) -> Result<Vec<ConfigRevisionRow>, StoreError>;
+
+        /// The devices behind `after` whose desired revision has not been reported on: at most `rows_max`, by number.
+        async fn unsettled_configs(&self, after: DeviceKey, rows_max: usize) -> Result<Vec<DeviceKey>, StoreError>;
+
+        /// All latest readings, and the position that they are as of.
+        async fn latest(&self) -> Result<(Position, Vec<LatestRow>), StoreError>;
+
+        /// Writes latest readings that changed, but none of a device that was deleted meanwhile: nobody would delete them any more.
+        /// With a `position`, what is there is now as of it.
+        async fn save_latest(&self, rows: &[LatestRow], position: Option<Position>) -> Result<(), StoreError>;
+    }
+}
+
+impl WriteTx<'_> {
+    /// Makes all of it durable. After an error it is not known whether the transaction happened: read the store.
+    pub async fn commit(self) -> Result<(), StoreError> {
+        self.commit_then(|_| ()).await
+    }
+
+    /// As [`commit`](Self::commit), and then tells whether that went well, before the next transaction can begin: what is known
+    /// in memory of the rows is so never behind what a transaction finds.
+    pub async fn commit_then(self, tell: impl FnOnce(bool)) -> Result<(), StoreError> {
+        match self {
+            Self::Sqlite(tx) => tx.commit_then(tell).await,
+        }
+    }
+
+    /// Leaves nothing of it, and keeps the connection.
+    pub async fn rollback(self) -> Result<(), StoreError> {
+        match self {
+            Self::Sqlite(tx) => tx.rollback().await,
+        }
+    }
+
+    hand_on! {
+        /// Where a stream stands; a new one is made when there is none.
+        async fn stream(&mut self, device: DeviceKey, stream_id: StreamId, now: Timestamp) -> Result<StreamRow, StoreError>;
+
+        /// Appends to the log; returns the first of the new positions, which follow one another without a hole.
+        async fn append(&mut self, rows: &[NewLogRow]) -> Result<Position, StoreError>;
+
+        /// Moves streams on, each from where this transaction read it: a row that is elsewhere is a conflict, and nothing may be committed.
+        async fn advance_streams(&mut self, changes: &[StreamChange]) -> Result<(), StoreError>;
+
+        /// Keeps rejected batches aside and counts them; of all that are kept, those before the last `kept_max` are deleted.
+        async fn reject(&mut self, rows: &[NewRejection], kept_max: u32) -> Result<(), StoreError>;
+
+        /// Registers a device; `None` when the id is taken.
+        async fn insert_device(
+            &mut self,
+            id: &DeviceId,
+            labels: &Labels,
+            display_name: &str,
+            now: Timestamp,
+        ) -> Result<Option<DeviceRow>, StoreError>;
+
+        /// Changes a device that is still at `revision`; `None` when it is not.
+        async fn update_device(
+            &mut self,
+            device: DeviceKey,
+            revision: i64,
+            labels: &Labels,
+            display_name: &str,
+            now: Timestamp,
+        ) -> Result<Option<DeviceRow>, StoreError>;
+
+        /// Takes a device out of the registry; what it left elsewhere is for [`Store::purge_deleted`].
+        async fn delete_device(&mut self, device: DeviceKey) -> Result<(), StoreError>;
+
+        /// Registers a sensor; the row that is there when the name is taken.
+        async fn insert_sensor(&mut self, device: DeviceKey, sensor: &SensorRow) -> Result<SensorRow, StoreError>;
+
+        /// Writes a sensor's unit, which was not said before.
+        async fn set_sensor_unit(&mut self, sensor: &SensorRow) -> Result<(), StoreError>;
+
+        /// Writes what a sensor allows.
+        async fn set_sensor_allowance(&mut self, sensor: &SensorRow) -> Result<(), StoreError>;
+
+        /// The latest revision; `None` when none was ever set.
+        async fn latest_config(&mut self, device: DeviceKey) -> Result<Option<ConfigRevisionRow>, StoreError>;
+
+        /// The highest revision that an earlier device of this id had; 0 when there was none.
+        async fn retired_revision(&mut self, id: &DeviceId) -> Result<u64, StoreError>;
+
+        /// The revision that was set under a request id.
+        async fn config_of_request(&mut self, device: DeviceKey, request_id: &str) -> Result<Option<ConfigRevisionRow>, StoreError>;
+
+        /// Adds a revision and makes it the desired one.
+        async fn insert_config(&mut self, device: DeviceKey, row: &ConfigRevisionRow) -> Result<(), StoreError>;
+
+        /// Notes that a revision was sent to the device. Whether anything changed.
+        async fn note_delivered(&mut self, device: DeviceKey, revision: u64, now: Timestamp) -> Result<bool, StoreError>;
+
+        /// Notes what a device reported. A report on a revision that was never set is void, as is one on a revision older than
+        /// the last reported one, unless it says that the device went back from what it runs with. Whether anything changed.
+        async fn note_report(&mut self, device: DeviceKey, report: &ConfigReportRow) -> Result<bool, StoreError>;
+    }
+}
