@@ -80,6 +80,16 @@ pub struct Gateway {
 impl Gateway {
     /// Opens the store, catches up with it, and binds both addresses; nothing is served yet.
     pub async fn build(config: Config) -> Result<Self, StartError> {
+        Self::build_with(config, |ingest| ingest).await
+    }
+
+    /// The same with a null sink ([`Ingest::into_null_sink`]) in the place of the log, to measure a gateway against. There is
+    /// no setting for it: nobody's gateway throws away what it acknowledges by a slip of the pen.
+    pub async fn build_null_sink(config: Config) -> Result<Self, StartError> {
+        Self::build_with(config, Ingest::into_null_sink).await
+    }
+
+    async fn build_with(config: Config, sink: impl FnOnce(Ingest) -> Ingest) -> Result<Self, StartError> {
         let metrics = Metrics::new();
         let readiness = Readiness::starting(&[COMPONENT, writer::COMPONENT]);
         // Before the store is opened: what can't be listened on should not touch the data.
@@ -95,6 +105,7 @@ impl Gateway {
         let (ingest, writer) =
             writer::writer(&config, store.clone(), registry.clone(), tail.clone(), latest.clone(), &metrics, readiness.clone());
         ingest.show_pending(&metrics);
+        let ingest = sink(ingest);
 
         let stop = Stop::default();
         let purge = Arc::new(Notify::new());
@@ -115,6 +126,17 @@ impl Gateway {
     /// Where metrics and probes are served, with the port that was bound.
     pub fn http_addr(&self) -> SocketAddr {
         self.http.local_addr()
+    }
+
+    /// Says in the log where it is served; programs that start a gateway on port 0 read it there.
+    fn announce(&self) {
+        tracing::info!(
+            grpc = %self.grpc_addr(),
+            http = %self.http_addr(),
+            data_dir = %self.config.storage.data_dir.display(),
+            version = env!("CARGO_PKG_VERSION"),
+            "gateway.serving"
+        );
     }
 
     /// Serves until `stop_signal`, then drains: says NOT_SERVING, takes no more calls, lets the open ones end, commits what
@@ -274,17 +296,20 @@ async fn run_purge(store: Store, purge: Arc<Notify>, stop: CancellationToken) {
 pub async fn serve(config: Config) -> anyhow::Result<bool> {
     let signals = signals::Signals::install()?;
     let gateway = Gateway::build(config).await?;
-    tracing::info!(
-        grpc = %gateway.grpc_addr(),
-        http = %gateway.http_addr(),
-        data_dir = %gateway.config.storage.data_dir.display(),
-        version = env!("CARGO_PKG_VERSION"),
-        "gateway.serving"
-    );
+    gateway.announce();
     let insecure = gateway.config.insecure;
     tracing::warn!(
         "gateway.open: there are no credentials, so everybody who can connect can read and write{}",
         if insecure { "; --insecure lets that be more than this machine" } else { "; only this machine can connect" }
     );
+    Ok(gateway.run_until(signals.stop()).await)
+}
+
+/// Runs a null sink ([`Gateway::build_null_sink`]) until SIGTERM or ctrl-C, as [`serve`] does a gateway.
+pub async fn serve_null_sink(config: Config) -> anyhow::Result<bool> {
+    let signals = signals::Signals::install()?;
+    let gateway = Gateway::build_null_sink(config).await?;
+    gateway.announce();
+    tracing::warn!("gateway.null_sink: nothing is stored, and everything is acknowledged");
     Ok(gateway.run_until(signals.stop()).await)
 }

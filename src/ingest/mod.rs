@@ -115,9 +115,17 @@ pub struct Ingest {
     admission: Arc<Semaphore>,
     pending_bytes_max: usize,
     sender: mpsc::Sender<Append>,
+    // Whether batches are thrown away instead of being handed to the writer: see `into_null_sink`.
+    discards: bool,
 }
 
 impl Ingest {
+    /// A null sink, for benchmarks: it checks and admits batches as ever, and then throws them away and acknowledges them.
+    /// What a gateway is slower than this is what storing costs.
+    pub fn into_null_sink(self) -> Self {
+        Self { discards: true, ..self }
+    }
+
     /// Hands a batch in; waits while too many bytes wait for their commit already. Batches of one stream must be handed in
     /// one after the other, in order.
     pub async fn submit(&self, device: &Arc<Device>, stream_id: StreamId, envelope: Envelope) -> Result<Pending, Error> {
@@ -131,6 +139,10 @@ impl Ingest {
         let receive_time = Timestamp::now();
         let batch = CheckedBatch::check(bytes.clone(), &self.limits, receive_time);
         let (reply, receiver) = oneshot::channel();
+        if self.discards {
+            let _ = reply.send(Ok(discarded(batch, sequence)));
+            return Ok(Pending { sequence, reply: receiver });
+        }
         let device = device.clone();
         let append =
             Append { device, stream_id, sequence, lost_batches, lost_readings, receive_time, batch, bytes, reply, _permit: permit };
@@ -145,4 +157,13 @@ impl Ingest {
         let (admission, pending_bytes_max) = (self.admission.clone(), self.pending_bytes_max);
         metrics.on_scrape(move || gauge.set((pending_bytes_max - admission.available_permits()) as f64));
     }
+}
+
+/// What a null sink says of a batch.
+fn discarded(batch: Result<CheckedBatch, BatchReject>, sequence: u64) -> Reply {
+    let outcome = match batch {
+        Ok(checked) => Outcome::Stored { readings: u64::from(checked.summary.readings) },
+        Err(reject) => Outcome::Rejected(reject),
+    };
+    Reply { outcome, durable_through: sequence }
 }

@@ -67,6 +67,7 @@ pub fn writer(
         admission: Arc::new(Semaphore::new(settings.pending_bytes_max)),
         pending_bytes_max: settings.pending_bytes_max,
         sender,
+        discards: false,
     };
     let writer = Writer {
         store,

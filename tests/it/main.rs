@@ -13,6 +13,7 @@ mod follow;
 mod formats;
 mod lifecycle;
 mod link;
+mod null_sink;
 mod python;
 mod readme;
 mod sizes;

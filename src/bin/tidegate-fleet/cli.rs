@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::recording::TimeFormat;
+use crate::{null_sink::NullSink, recording::TimeFormat};
 use clap::{Args, Parser, Subcommand};
 use jiff::SignedDuration;
 use std::{path::PathBuf, time::Duration};
@@ -24,6 +24,9 @@ pub enum Command {
     Simulate(Simulate),
     /// Sends a recording, a CSV file, as a device.
     Replay(Replay),
+    /// Runs a server that checks and acknowledges batches as a gateway does, and throws them away.
+    #[command(hide = true)]
+    NullSink(NullSink),
 }
 
 /// What both have.

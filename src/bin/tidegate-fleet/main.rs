@@ -5,6 +5,7 @@ mod batches;
 mod cli;
 mod follow;
 mod gateway;
+mod null_sink;
 mod recording;
 mod replay;
 mod report;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         match cli.command {
             cli::Command::Simulate(arguments) => simulate::run(arguments).await,
             cli::Command::Replay(arguments) => replay::run(arguments).await,
+            cli::Command::NullSink(arguments) => null_sink::run(arguments).await,
         }
     });
     match result {
