@@ -33,7 +33,13 @@ pub enum StoreError {
     Closed,
     /// The database refused or failed.
     #[error("the database failed")]
-    Database(#[from] sqlx::Error),
+    Database(#[source] sqlx::Error),
+    /// The disk that the database is on is full.
+    #[error("the database's disk is full: free some space, or enlarge it, and the gateway goes on by itself")]
+    DiskFull(#[source] sqlx::Error),
+    /// The disk that the database is on fails.
+    #[error("the database's disk fails: the system's log says more; once it takes writes, the gateway goes on by itself")]
+    DiskFails(#[source] sqlx::Error),
     /// The database's tables could not be brought to this version's form.
     #[error("the database could not be migrated")]
     Migrate(#[from] sqlx::migrate::MigrateError),
@@ -48,6 +54,21 @@ pub enum StoreError {
         /// How many it should have.
         expected: u64,
     },
+}
+
+impl From<sqlx::Error> for StoreError {
+    fn from(error: sqlx::Error) -> Self {
+        let code = error.as_database_error().and_then(|error| error.code());
+        match code.as_deref() {
+            // SQLITE_FULL; disk_full, PostgreSQL.
+            Some("13" | "53100") => Self::DiskFull(error),
+            // io_error, PostgreSQL.
+            Some("58030") => Self::DiskFails(error),
+            // SQLITE_IOERR, of which the higher bytes say where. PostgreSQL's codes have five places, these at most four.
+            Some(code) if code.len() < 5 && code.parse().is_ok_and(|code: u32| code & 0xff == 10) => Self::DiskFails(error),
+            _ => Self::Database(error),
+        }
+    }
 }
 
 /// A device's number in the store; never used for another device.

@@ -8,6 +8,8 @@ mod support;
 mod cli;
 mod configure;
 mod devices;
+#[cfg(target_os = "linux")]
+mod disk_failure;
 mod fleet;
 mod follow;
 mod formats;

@@ -2,14 +2,13 @@
 
 use crate::support::{
     client::{TestDevice, devices, nth_temperatures},
-    eventually, http_get,
+    eventually, health_is, http_get,
     process::GatewayProcess,
 };
 use std::process::Command;
 use tempfile::TempDir;
 use tidegate::error::StatusFacts;
 use tonic::Code;
-use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 /// Limits how large files of the process may grow: each write beyond it fails, as on a full disk (setrlimit(2)).
 fn limit_file_size(gateway: &GatewayProcess, limit: &str) {
@@ -31,8 +30,7 @@ async fn a_full_disk_stops_acknowledgements_and_nothing_else_and_the_gateway_rec
     let (code, text) =
         eventually("readiness says so", || async { http_get(gateway.http, "/readyz").await.filter(|(code, _)| *code == 503) }).await;
     assert!(code == 503 && text.contains("store: not ready"), "{text}");
-    let check = || async { HealthClient::new(gateway.channel()).check(HealthCheckRequest { service: String::new() }).await.ok() };
-    eventually("health says so", || async { (check().await?.into_inner().status() == ServingStatus::NotServing).then_some(()) }).await;
+    health_is(&gateway, false).await;
     // A change of which it is not known whether it happened: the device is not lost over it.
     let change = tidegate::pb::Device { id: "pump-1".into(), display_name: "Pump".into(), ..Default::default() };
     let change = tidegate::pb::UpdateDeviceRequest { device: Some(change), update_mask: None };
@@ -50,5 +48,5 @@ async fn a_full_disk_stops_acknowledgements_and_nothing_else_and_the_gateway_rec
     assert_eq!(response.last_durable_sequence, 8, "at {position} before");
     assert_eq!(device.stored_temperatures().await, nth_temperatures(1..=8));
     assert_eq!(device.ledger().await.stored.map(|tally| tally.batches), Some(8));
-    eventually("health says so", || async { (check().await?.into_inner().status() == ServingStatus::Serving).then_some(()) }).await;
+    health_is(&gateway, true).await;
 }

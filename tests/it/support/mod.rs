@@ -1,7 +1,11 @@
 //! What the tests share: gateways in this process and of their own, and clients.
 
 pub mod client;
+#[cfg(target_os = "linux")]
+pub mod disk;
+pub mod load;
 pub mod process;
+pub mod random;
 pub mod script;
 pub mod streams;
 
@@ -11,6 +15,7 @@ use tidegate::{app::Gateway, config::Config};
 use tokio::{task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 /// How long a test waits for what must happen. Long, as machines are slow; reached only by a failing test.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -125,6 +130,15 @@ pub fn metric(text: &str, series: &str) -> Option<f64> {
 /// A connection that is made when it is first used.
 pub fn channel(address: SocketAddr) -> Channel {
     Endpoint::from_shared(format!("http://{address}")).expect("a URI").tcp_nodelay(true).connect_lazy()
+}
+
+/// Waits until the health service says that the gateway serves, or that it does not.
+pub async fn health_is(gateway: &process::GatewayProcess, serving: bool) {
+    let check = || async {
+        let answer = HealthClient::new(gateway.channel()).check(HealthCheckRequest { service: String::new() }).await.ok()?;
+        ((answer.into_inner().status() == ServingStatus::Serving) == serving).then_some(())
+    };
+    eventually("health says so", check).await;
 }
 
 /// A plain HTTP/1.1 GET: status and body. `None` when nobody answers.

@@ -27,10 +27,37 @@ impl GatewayProcess {
 
     /// On given addresses, with further flags; returns when it is ready.
     pub async fn start_on(data_dir: &Path, grpc: SocketAddr, http: SocketAddr, flags: &[&str]) -> Self {
+        let mut command = Self::command(data_dir, grpc, http);
+        command.args(flags);
+        Self::run(command).await
+    }
+
+    /// The program and its flags, for what a test adds.
+    pub fn command(data_dir: &Path, grpc: SocketAddr, http: SocketAddr) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tidegate"));
         command.args(["serve", "--log-format=json", "--grpc-listen", &grpc.to_string(), "--http-listen", &http.to_string()]);
-        command.arg("--storage-data-dir").arg(data_dir).args(flags).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut child = command.spawn().expect("the gateway's binary runs");
+        command.arg("--storage-data-dir").arg(data_dir);
+        command
+    }
+
+    /// Starts a [`command`](Self::command); returns when it is ready.
+    pub async fn run(command: Command) -> Self {
+        let mut started = Self::spawn(command);
+        (started.grpc, started.http) = eventually("the gateway serves", || {
+            let found = started.addresses();
+            assert!(started.child.try_wait().expect("its own child").is_none(), "the gateway ended: {}", started.log());
+            async move { found }
+        })
+        .await;
+        let http = started.http;
+        eventually("ready", || async move { http_get(http, "/readyz").await.filter(|(status, _)| *status == 200) }).await;
+        started
+    }
+
+    /// Starts a [`command`](Self::command), and waits for nothing: where it serves is not known yet.
+    pub fn spawn(mut command: Command) -> Self {
+        let mut child =
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("the gateway's binary runs");
         let log = Arc::new(Mutex::new(String::new()));
         let lines = BufReader::new(child.stderr.take().expect("piped")).lines();
         let written = log.clone();
@@ -41,16 +68,8 @@ impl GatewayProcess {
                 log.push('\n');
             }
         });
-        let mut started = Self { child, grpc, http, log };
-        (started.grpc, started.http) = eventually("the gateway serves", || {
-            let found = started.addresses();
-            assert!(started.child.try_wait().expect("its own child").is_none(), "the gateway ended: {}", started.log());
-            async move { found }
-        })
-        .await;
-        let http = started.http;
-        eventually("ready", || async move { http_get(http, "/readyz").await.filter(|(status, _)| *status == 200) }).await;
-        started
+        let unknown = SocketAddr::from(([127, 0, 0, 1], 0));
+        Self { child, grpc: unknown, http: unknown, log }
     }
 
     fn addresses(&self) -> Option<(SocketAddr, SocketAddr)> {
