@@ -13,6 +13,7 @@ mod disk_failure;
 mod fleet;
 mod follow;
 mod formats;
+mod kills;
 mod lifecycle;
 mod link;
 mod null_sink;

@@ -95,9 +95,7 @@ impl GatewayProcess {
 
     /// Sends a signal by its name.
     pub fn signal(&self, name: &str) {
-        // The shell's own kill: the program is missing on slim systems.
-        let sent = Command::new("sh").args(["-c", &format!("kill -s {name} {}", self.pid())]).status().expect("a shell runs");
-        assert!(sent.success(), "kill -s {name}");
+        signal(self.pid(), name);
     }
 
     /// SIGKILL: no chance to write anything down.
@@ -122,4 +120,11 @@ impl Drop for GatewayProcess {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Sends a signal by its name to a process.
+pub fn signal(pid: u32, name: &str) {
+    // The shell's own kill: the program is missing on slim systems.
+    let sent = Command::new("sh").args(["-c", &format!("kill -s {name} {pid}")]).status().expect("a shell runs");
+    assert!(sent.success(), "kill -s {name}");
 }

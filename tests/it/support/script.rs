@@ -27,6 +27,11 @@ impl Script {
         Self { child, name, stdout, stderr, readers: vec![reads_stdout, reads_stderr] }
     }
 
+    /// Sends a signal by its name.
+    pub fn signal(&self, name: &str) {
+        super::process::signal(self.child.id(), name);
+    }
+
     /// Waits until it has printed this line.
     pub async fn printed(&mut self, line: &str) {
         self.prints(|printed| printed == line).await;
