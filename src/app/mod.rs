@@ -162,7 +162,6 @@ impl Gateway {
         let mut writing = tokio::spawn(writer.run());
         let service = stack(&config.grpc, &metrics, &calls, &stop.drain, routes);
         let mut serving = tokio::spawn(listener.serve(service, stop.clone()));
-        readiness.set(writer::COMPONENT, Ok(()));
         readiness.set(COMPONENT, Ok(()));
 
         // Both run as long as the gateway does: if one ends, it has failed, and a restart is better than half a gateway.

@@ -8,6 +8,7 @@
 //! ```
 
 mod metrics;
+mod stall;
 pub mod writer;
 
 use crate::{

@@ -8,7 +8,7 @@
 //! After a failed commit it is not known what the store holds. The writer then forgets all that it had in memory, answers
 //! UNAVAILABLE, and takes nothing until the store has proved, on a new connection, that it takes a durable write.
 
-use super::{Append, Ingest, Outcome, Reply, metrics::IngestMetrics};
+use super::{Append, Ingest, Outcome, Reply, metrics::IngestMetrics, stall::watched};
 use crate::{
     config::Config,
     error::Error,
@@ -98,10 +98,15 @@ fn limits(config: &Config) -> BatchLimits {
 impl Writer {
     /// Runs until every [`Ingest`] is gone and all that was handed in is committed.
     pub async fn run(mut self) {
+        // Ready is who can write: a disk may be full at the start already.
+        match self.store.probe_write().await {
+            Ok(()) => self.readiness.set(COMPONENT, Ok(())),
+            Err(error) => self.recover(error).await,
+        }
         let mut waiting = Vec::with_capacity(self.commit_batches_max);
         while self.receiver.recv_many(&mut waiting, self.commit_batches_max).await > 0 {
             let began = Instant::now();
-            match self.commit(&waiting).await {
+            match watched(&self.readiness.clone(), self.commit(&waiting)).await {
                 Ok(committed) => {
                     self.metrics.commit_seconds.record(began.elapsed());
                     self.metrics.commit_batches.record(waiting.len() as f64);

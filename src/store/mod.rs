@@ -60,8 +60,8 @@ impl From<sqlx::Error> for StoreError {
     fn from(error: sqlx::Error) -> Self {
         let code = error.as_database_error().and_then(|error| error.code());
         match code.as_deref() {
-            // SQLITE_FULL; disk_full, PostgreSQL.
-            Some("13" | "53100") => Self::DiskFull(error),
+            // SQLITE_FULL, and SQLITE_IOERR_SHMSIZE, where there was no room for the WAL's index; disk_full, PostgreSQL.
+            Some("13" | "4874" | "53100") => Self::DiskFull(error),
             // io_error, PostgreSQL.
             Some("58030") => Self::DiskFails(error),
             // SQLITE_IOERR, of which the higher bytes say where. PostgreSQL's codes have five places, these at most four.

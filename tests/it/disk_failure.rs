@@ -2,17 +2,31 @@
 //! so is the gateway.
 
 use crate::support::{
-    client::TestDevice, disk::FaultyDisk, eventually, health_is, http_get, load::Load, process::GatewayProcess, random::seeded,
+    client::{SECOND, T0, TestDevice, temperatures},
+    disk::{FaultyDisk, SmallDisk},
+    eventually, health_is, http_get,
+    load::{Load, log},
+    metric,
+    process::GatewayProcess,
+    random::seeded,
+    soon,
 };
+use bytes::Bytes;
 use rand::Rng;
+use std::net::SocketAddr;
 use tidegate::error::StatusFacts;
 use tonic::Code;
 
-/// Says no, and why, as long as the disk does.
+/// Waits until readiness says no, and why.
+async fn not_ready(gateway: &GatewayProcess, why: &str) {
+    let said = format!("store: not ready: {why}");
+    let ready = || async { http_get(gateway.http, "/readyz").await.filter(|(code, text)| *code == 503 && text.contains(&said)) };
+    eventually("readiness says why", ready).await;
+}
+
+/// Everybody is told, as long as the disk fails.
 async fn is_told(gateway: &GatewayProcess, why: &str) {
-    let (_, text) =
-        eventually("readiness says so", || async { http_get(gateway.http, "/readyz").await.filter(|(code, _)| *code == 503) }).await;
-    assert!(text.contains("store: not ready") && text.contains(why), "{text}");
+    not_ready(gateway, why).await;
     health_is(gateway, false).await;
     let status = TestDevice::new(&gateway.channel(), "another").upload_nth(1..=1).await.expect_err("nothing is acknowledged");
     assert_eq!((status.code(), StatusFacts::of(&status).reason()), (Code::Unavailable, "STORE_UNAVAILABLE"), "{status:?}");
@@ -24,7 +38,11 @@ async fn a_disk_that_fails_stops_acknowledgements_until_it_is_well() {
     let disk = FaultyDisk::new();
     let gateway = disk.start(&[]).await;
     let load = Load::start(&gateway.channel(), 5);
-    for (fault, why) in [("fsync EIO", "disk I/O error"), ("pwrite ENOSPC", "free some space"), ("pwrite EIO", "disk I/O error")] {
+    for (fault, why) in [
+        ("fsync EIO", "the database's disk fails"),
+        ("pwrite ENOSPC", "the database's disk is full: free some space"),
+        ("pwrite EIO", "the database's disk fails"),
+    ] {
         load.runs_on(30).await;
         disk.fail(fault);
         is_told(&gateway, why).await;
@@ -66,7 +84,7 @@ async fn power_that_is_cut_after_a_failed_sync_takes_nothing_that_was_acknowledg
     for _ in 0..2 {
         load.runs_on(random.random_range(20..100)).await;
         disk.fail("fsync EIO");
-        is_told(&gateway, "disk I/O error").await;
+        is_told(&gateway, "the database's disk fails").await;
         disk.heal();
         load.runs_on(random.random_range(20..100)).await;
         gateway.kill();
@@ -75,4 +93,121 @@ async fn power_that_is_cut_after_a_failed_sync_takes_nothing_that_was_acknowledg
         load.moves_to(&gateway.channel()).await;
     }
     load.ends_well().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_is_called_so_and_is_well_when_there_is_room_again() {
+    let Some(disk) = SmallDisk::mount(16) else { return };
+    let data_dir = disk.path().join("data");
+    let mut gateway = GatewayProcess::start(&data_dir).await;
+    let load = Load::start(&gateway.channel(), 5);
+    for _ in 0..3 {
+        load.runs_on(30).await;
+        disk.fill();
+        is_told(&gateway, "the database's disk is full: free some space").await;
+        disk.clear();
+        health_is(&gateway, true).await;
+    }
+    // A start without room says so, too, and harms nothing.
+    load.runs_on(30).await;
+    gateway.kill();
+    disk.fill();
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    let command = || GatewayProcess::command(&data_dir, any, any);
+    gateway = GatewayProcess::serving(command()).await;
+    is_told(&gateway, "the database's disk is full: free some space").await;
+    disk.clear();
+    health_is(&gateway, true).await;
+    load.moves_to(&gateway.channel()).await;
+    load.runs_on(30).await;
+    load.ends_well().await;
+    // After a start of the machine there may be no room even to open the database.
+    gateway.kill();
+    std::fs::remove_file(data_dir.join("tidegate.db-shm")).expect("removed");
+    disk.fill();
+    let mut starting = GatewayProcess::spawn(command());
+    assert!(!starting.wait().await.success());
+    assert!(starting.log().contains("disk is full: free some space"), "{}", starting.log());
+}
+
+/// Waits until the gateway reads no more, and looks all the while that no more waits for a commit than may.
+async fn reads_no_more(gateway: &GatewayProcess, pending_bytes_max: f64) -> f64 {
+    let series = "tidegate_grpc_messages_received_total{method=\"tidegate.v1.TelemetryService/Upload\"}";
+    let (mut last, mut looks) = (0.0, 0);
+    let look = async {
+        while looks < 10 {
+            let (_, text) = http_get(gateway.http, "/metrics").await.expect("answered");
+            let pending = metric(&text, "tidegate_pending_bytes").expect("there is one");
+            assert!(pending <= pending_bytes_max, "{pending} bytes wait");
+            let read = metric(&text, series).unwrap_or_default();
+            looks = if read > 0.0 && read == last { looks + 1 } else { 0 };
+            last = read;
+        }
+    };
+    soon("no more is read", look).await;
+    last
+}
+
+/// A batch of some 8 kB.
+fn large_batch(sequence: u64) -> Bytes {
+    let first = i64::try_from(sequence).expect("small") * 1_000;
+    temperatures(T0 + first * SECOND, &vec![1.0; 1_000])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_is_bounded_while_the_disk_stalls_and_all_goes_on_when_it_does() {
+    const DEVICES: u64 = 20;
+    const PENDING_BYTES_MAX: usize = 65_536;
+    let disk = FaultyDisk::new();
+    let gateway = disk.start(&[&format!("--ingest-pending-bytes-max={PENDING_BYTES_MAX}"), "--ingest-batch-bytes-max=16384"]).await;
+    let devices: Vec<TestDevice> = (0..DEVICES).map(|number| TestDevice::new(&gateway.channel(), &format!("pump-{number}"))).collect();
+    for device in &devices {
+        device.upload([(1, large_batch(1))]).await.expect("accepted");
+    }
+    disk.fail("fsync stall");
+    let uploads: Vec<_> = devices
+        .iter()
+        .cloned()
+        .map(|device| tokio::spawn(async move { device.upload((1..=30).map(|n| (n, large_batch(n)))).await }))
+        .collect();
+    let read = reads_no_more(&gateway, PENDING_BYTES_MAX as f64).await;
+    // What waits, one batch a call that waits for room, and those that were there before.
+    let admitted = PENDING_BYTES_MAX / large_batch(1).len();
+    assert!(read <= admitted as f64 + 2.0 * DEVICES as f64, "{read} batches were read, {admitted} may wait");
+    let (_, text) =
+        eventually("readiness says so", || async { http_get(gateway.http, "/readyz").await.filter(|(code, _)| *code == 503) }).await;
+    assert!(text.contains("store: not ready: a commit"), "{text}");
+    disk.heal();
+    health_is(&gateway, true).await;
+    for upload in uploads {
+        let response = soon("the upload ends", upload).await.expect("no panic").expect("accepted");
+        assert_eq!(response.last_durable_sequence, 30);
+    }
+}
+
+/// Scenario: a device hands over a backlog of thousands of batches, and another one a single batch behind it. Guarantee: that
+/// one waits for no more than what a call may have waiting.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backlog_does_not_hold_up_another_device() {
+    const BACKLOG: u64 = 3_000;
+    let disk = FaultyDisk::new();
+    let gateway = disk.start(&[]).await;
+    let (busy, other) = (TestDevice::new(&gateway.channel(), "busy"), TestDevice::new(&gateway.channel(), "other"));
+    other.upload_nth(1..=1).await.expect("accepted");
+    busy.upload_nth(1..=1).await.expect("accepted");
+    // While the disk stalls both have time to hand over what they may.
+    disk.fail("fsync stall");
+    let backlog = tokio::spawn(async move { busy.upload_nth(1..=BACKLOG).await });
+    reads_no_more(&gateway, f64::MAX).await;
+    let late = other.clone();
+    let single = tokio::spawn(async move { late.upload_nth(2..=2).await });
+    reads_no_more(&gateway, f64::MAX).await;
+    disk.heal();
+    soon("the single batch is stored", single).await.expect("no panic").expect("accepted");
+    soon("the backlog is stored", backlog).await.expect("no panic").expect("accepted");
+    let stored: Vec<String> = log(&gateway.channel()).await.into_iter().map(|(device, _)| device).collect();
+    assert_eq!(stored.len() as u64, BACKLOG + 2);
+    let before = stored.iter().rposition(|device| *device == other.id).expect("it is stored");
+    let unacknowledged_max = tidegate::config::Config::default().ingest.unacknowledged_batches_max;
+    assert!(before <= unacknowledged_max + 3, "{before} batches were before it");
 }

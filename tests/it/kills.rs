@@ -6,11 +6,12 @@
 use crate::support::{
     channel,
     client::live,
-    eventually, http_get, metric,
+    eventually, http_get,
+    load::log,
+    metric,
     process::GatewayProcess,
     random::seeded,
     script::{Script, fleet},
-    soon,
 };
 use bytes::Bytes;
 use rand::{Rng, rngs::SmallRng};
@@ -92,21 +93,18 @@ async fn follow(channel: Channel, seen: Arc<Mutex<Vec<Seen>>>) {
     let mut start = Start::Beginning(true);
     loop {
         // The gateway is away, or has gone away: on from the last token.
-        let _: Result<(), Status> =
-            read(&channel, &mut start, |batch| seen.lock().expect("no panic under the lock").push(batch), false).await;
+        let _: Result<(), Status> = read(&channel, &mut start, |batch| seen.lock().expect("no panic under the lock").push(batch)).await;
         tokio::task::yield_now().await;
     }
 }
 
-/// Reads what follows `start`, and moves `start` on; ends where the stream ends, or at the log's end if that is asked for.
-async fn read(channel: &Channel, start: &mut Start, mut take: impl FnMut(Seen), to_end: bool) -> Result<(), Status> {
+/// Reads what follows `start`, and moves `start` on, until the stream ends.
+async fn read(channel: &Channel, start: &mut Start, mut take: impl FnMut(Seen)) -> Result<(), Status> {
     let request = pb::FollowRequest { start: Some(start.clone()), ..Default::default() };
     let mut stream = live(channel).follow(request).await?.into_inner();
     while let Some(response) = stream.message().await? {
-        match response.message.expect("set") {
-            Message::Readings(readings) => take((readings.device, readings.batch)),
-            Message::Synced(_) if to_end => return Ok(()),
-            _ => {}
+        if let Some(Message::Readings(readings)) = response.message {
+            take((readings.device, readings.batch));
         }
         *start = Start::ResumeToken(response.resume_token);
     }
@@ -117,8 +115,7 @@ async fn read(channel: &Channel, start: &mut Start, mut take: impl FnMut(Seen), 
 async fn all_is_there_once(fleet: Script, channel: &Channel, seen: &Mutex<Vec<Seen>>) {
     fleet.signal("INT");
     let output: serde_json::Value = serde_json::from_str(&fleet.succeeds().await).expect("one JSON object");
-    let mut log = Vec::new();
-    soon("the log is read", read(channel, &mut Start::Beginning(true), |batch| log.push(batch), true)).await.expect("read");
+    let log = log(channel).await;
     assert_eq!(output["acknowledged"]["batches"], log.len(), "{output}");
     eventually("the follower is at the end", || async { (seen.lock().expect("no panic under the lock").len() >= log.len()).then_some(()) })
         .await;

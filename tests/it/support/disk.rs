@@ -1,21 +1,71 @@
-//! A disk that fails on command: `tests/shim/disk.c`, between a gateway in a process of its own and its files.
+//! Disks that fail on command: `tests/shim/disk.c`, between a gateway in a process of its own and its files; and a small one.
 
-use super::process::GatewayProcess;
+use super::{process::GatewayProcess, script::skipped};
 use rand::{Rng, RngCore, rngs::SmallRng};
 use std::{
     fs::{self, File},
+    io::{ErrorKind, Write},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 use tempfile::TempDir;
 
 /// What a disk writes whole or not at all.
 const SECTOR_BYTES: usize = 512;
 
-/// See the [module](self).
+/// A disk with the shim before it.
 pub struct FaultyDisk {
     directory: TempDir,
+}
+
+/// A small disk of its own, in memory; unmounted when it is dropped.
+pub struct SmallDisk {
+    directory: TempDir,
+}
+
+impl SmallDisk {
+    /// `None` where that is not allowed, which in CI is a failure.
+    pub fn mount(mebibytes: u32) -> Option<Self> {
+        let directory = TempDir::new().expect("a temporary directory");
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &format!("size={mebibytes}m"), "tidegate-test"]).arg(directory.path());
+        if !mount.stderr(Stdio::null()).status().is_ok_and(|status| status.success()) {
+            let why = "only root may mount the small disk that this test fills";
+            assert!(std::env::var_os("CI").is_none(), "{why}");
+            skipped(why);
+            return None;
+        }
+        Some(Self { directory })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Leaves no byte of room.
+    pub fn fill(&self) {
+        let mut filler = File::create(self.filler()).expect("made");
+        let full = std::iter::repeat_with(|| filler.write_all(&[0; 4096])).find_map(Result::err).expect("no disk is endless");
+        assert_eq!(full.kind(), ErrorKind::StorageFull);
+    }
+
+    /// Gives the room back.
+    pub fn clear(&self) {
+        fs::remove_file(self.filler()).expect("removed");
+    }
+
+    fn filler(&self) -> PathBuf {
+        self.path().join("filler")
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: a gateway may only just be ending.
+        let _ = Command::new("umount").arg("-l").arg(self.path()).status();
+    }
 }
 
 /// What one write replaced.

@@ -42,6 +42,14 @@ impl GatewayProcess {
 
     /// Starts a [`command`](Self::command); returns when it is ready.
     pub async fn run(command: Command) -> Self {
+        let started = Self::serving(command).await;
+        let http = started.http;
+        eventually("ready", || async move { http_get(http, "/readyz").await.filter(|(status, _)| *status == 200) }).await;
+        started
+    }
+
+    /// Starts a [`command`](Self::command); returns when it serves, ready or not.
+    pub async fn serving(command: Command) -> Self {
         let mut started = Self::spawn(command);
         (started.grpc, started.http) = eventually("the gateway serves", || {
             let found = started.addresses();
@@ -49,8 +57,6 @@ impl GatewayProcess {
             async move { found }
         })
         .await;
-        let http = started.http;
-        eventually("ready", || async move { http_get(http, "/readyz").await.filter(|(status, _)| *status == 200) }).await;
         started
     }
 

@@ -1,0 +1,23 @@
+//! A store that neither commits nor fails.
+
+use super::writer::COMPONENT;
+use crate::telemetry::Readiness;
+use std::{future::Future, pin::pin, time::Duration};
+
+/// How long a commit may take until the gateway says that it is not ready: far longer than any disk takes that works.
+const STALLED_AFTER: Duration = Duration::from_secs(5);
+
+/// Waits for a commit; when it takes too long, says not ready until it is done. It can't be given up: nobody would know what
+/// became of it.
+pub(super) async fn watched<T>(readiness: &Readiness, commit: impl Future<Output = T>) -> T {
+    let mut commit = pin!(commit);
+    if let Ok(done) = tokio::time::timeout(STALLED_AFTER, &mut commit).await {
+        return done;
+    }
+    tracing::warn!("store.stalled: no batch is acknowledged until the commit that is under way is done");
+    readiness.set(COMPONENT, Err(format!("a commit has taken more than {} s: look at the database's disk", STALLED_AFTER.as_secs())));
+    let done = commit.await;
+    tracing::info!("store.goes_on");
+    readiness.set(COMPONENT, Ok(()));
+    done
+}
