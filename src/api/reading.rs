@@ -3,16 +3,17 @@
 use super::{ResponseStream, parse};
 use crate::{
     error::{Error, Violations},
-    fleet::{Device, Registry},
-    history::{Answer, Query, Reader, SensorReadings},
+    fleet::Registry,
+    history::{Answer, Bucket, Piece, Query, Reader, Series},
     model::{
-        DeviceId, Timestamp,
+        DeviceId, Timestamp, ValueKind,
         columns::{Values, deltas_from_times},
     },
     pb::{self, query_readings_response::Message, reading_service_server::ReadingService},
+    store::SensorRow,
 };
 use futures_util::{StreamExt, stream};
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, time::Duration};
 use tonic::{Request, Response, Status};
 
 /// How many readings or spans one message holds at the most.
@@ -32,22 +33,36 @@ impl ReadingService for ReadingApi {
     type QueryReadingsStream = ResponseStream<pb::QueryReadingsResponse>;
 
     async fn query_readings(&self, request: Request<pb::QueryReadingsRequest>) -> Result<Response<Self::QueryReadingsStream>, Status> {
-        let (device, query, bucket) = parse(request.into_inner())?;
+        let (device, query) = parse(request.into_inner())?;
         let device = self.registry.get(&device).await?;
-        let Answer { sensors, permit } = self.reader.read(&device, query).await?;
-        let readings = sensors.values().map(|found| found.len() as u64).sum();
-        // Encoded piece by piece, as the client takes them.
-        let pieces = sensors.into_iter().flat_map(move |(name, found)| pieces(&device, name, found, bucket));
-        let summary = std::iter::once(Message::Summary(pb::QuerySummary { readings }));
-        let messages = stream::unfold((pieces.chain(summary), permit), |(mut messages, permit)| async {
-            let message = messages.next()?;
-            Some((Ok(pb::QueryReadingsResponse { message: Some(message) }), (messages, permit)))
-        });
+        let answer = self.reader.read(&device, query).await?;
+        // Read and encoded piece by piece, as the client takes them.
+        let messages = stream::try_unfold(Some((answer, VecDeque::new())), next_message);
         Ok(Response::new(messages.boxed()))
     }
 }
 
-fn parse(request: pb::QueryReadingsRequest) -> Result<(DeviceId, Query, Option<Duration>), Error> {
+/// An answer, and the messages that its last piece came to; `None` when the summary was sent.
+type State = Option<(Answer, VecDeque<Message>)>;
+
+async fn next_message(state: State) -> Result<Option<(pb::QueryReadingsResponse, State)>, Status> {
+    let Some((mut answer, mut waiting)) = state else { return Ok(None) };
+    if waiting.is_empty()
+        && let Some(piece) = answer.next().await?
+    {
+        waiting = match piece {
+            Piece::Readings(sensor, readings) => reading_messages(&sensor, &readings),
+            Piece::Buckets(sensor, buckets) => buckets.chunks(ROWS_PER_MESSAGE).map(|buckets| bucket_message(&sensor, buckets)).collect(),
+        };
+    }
+    let (message, state) = match waiting.pop_front() {
+        Some(message) => (message, Some((answer, waiting))),
+        None => (Message::Summary(pb::QuerySummary { readings: answer.readings() }), None),
+    };
+    Ok(Some((pb::QueryReadingsResponse { message: Some(message) }, state)))
+}
+
+fn parse(request: pb::QueryReadingsRequest) -> Result<(DeviceId, Query), Error> {
     let mut violations = Violations::new();
     let device = violations.check("device", DeviceId::parse(&request.device));
     parse::check_count(&mut violations, "sensors", request.sensors.len());
@@ -58,53 +73,40 @@ fn parse(request: pb::QueryReadingsRequest) -> Result<(DeviceId, Query, Option<D
     }
     let bucket = parse::duration(&mut violations, "bucket", request.bucket.as_ref(), BUCKET_RANGE);
     violations.into_result()?;
-    let query = Query { sensors: request.sensors.into_iter().collect(), start_time, end_time };
-    Ok((device.ok_or(Error::Internal)?, query, bucket))
+    let query = Query { sensors: request.sensors.into_iter().collect(), start_time, end_time, bucket };
+    Ok((device.ok_or(Error::Internal)?, query))
 }
 
-fn pieces(device: &Arc<Device>, name: String, found: SensorReadings, bucket: Option<Duration>) -> impl Iterator<Item = Message> + use<> {
-    let unit = device.sensor(&name).map_or_else(String::new, |sensor| sensor.unit);
-    let kind = found.values.kind();
-    // Spans are few where readings are many, so one of the two is nothing here.
-    let (buckets, found) = match bucket {
-        Some(length) => (found.buckets(length), None),
-        None => (Vec::new(), Some(found)),
-    };
+fn reading_messages(sensor: &SensorRow, readings: &Series) -> VecDeque<Message> {
+    let mut messages = VecDeque::new();
     let mut begin = 0;
-    std::iter::from_fn(move || {
-        let end = found.as_ref().map_or(buckets.len().min(begin + ROWS_PER_MESSAGE), |found| piece_end(&found.values, begin));
-        let range = begin..end;
-        if range.is_empty() {
-            return None;
-        }
+    while begin < readings.len() {
+        let end = piece_end(&readings.values, begin);
+        let (base_time_us, time_deltas_us) = deltas_from_times(&readings.times[begin..end]);
+        let values = Some(readings.values.slice(begin..end).into());
+        let (name, unit) = (sensor.name.clone(), sensor.unit.clone());
+        messages.push_back(Message::Readings(pb::ReadingColumn { sensor: name, unit, base_time_us, time_deltas_us, values }));
         begin = end;
-        let (sensor, unit) = (name.clone(), unit.clone());
-        Some(match &found {
-            Some(found) => {
-                let (base_time_us, time_deltas_us) = deltas_from_times(&found.times[range.clone()]);
-                let values = Some(found.values.slice(range).into());
-                Message::Readings(pb::ReadingColumn { sensor, unit, base_time_us, time_deltas_us, values })
-            }
-            None => {
-                let spans = &buckets[range];
-                let numbers = |of: fn(&crate::history::Bucket) -> f64| match kind {
-                    crate::model::ValueKind::Text => Vec::new(),
-                    _ => spans.iter().map(of).collect(),
-                };
-                Message::Buckets(pb::BucketColumn {
-                    sensor,
-                    unit,
-                    kind: kind.code(),
-                    start_times_us: spans.iter().map(|span| span.start).collect(),
-                    counts: spans.iter().map(|span| span.count).collect(),
-                    minimums: numbers(|span| span.minimum),
-                    maximums: numbers(|span| span.maximum),
-                    averages: numbers(|span| span.average()),
-                    firsts: numbers(|span| span.first),
-                    lasts: numbers(|span| span.last),
-                })
-            }
-        })
+    }
+    messages
+}
+
+fn bucket_message(sensor: &SensorRow, buckets: &[Bucket]) -> Message {
+    let numbers = |of: fn(&Bucket) -> f64| match sensor.kind {
+        ValueKind::Text => Vec::new(),
+        _ => buckets.iter().map(of).collect(),
+    };
+    Message::Buckets(pb::BucketColumn {
+        sensor: sensor.name.clone(),
+        unit: sensor.unit.clone(),
+        kind: sensor.kind.code(),
+        start_times_us: buckets.iter().map(|bucket| bucket.start).collect(),
+        counts: buckets.iter().map(|bucket| bucket.count).collect(),
+        minimums: numbers(|bucket| bucket.minimum),
+        maximums: numbers(|bucket| bucket.maximum),
+        averages: numbers(Bucket::average),
+        firsts: numbers(|bucket| bucket.first),
+        lasts: numbers(|bucket| bucket.last),
     })
 }
 

@@ -8,7 +8,7 @@ use crate::{
     api::{ConfigApi, DeviceApi, DeviceLinkApi, LiveApi, ReadingApi, TelemetryApi},
     config::Config,
     fleet::{Configs, Registry, reconciler},
-    history::Reader,
+    history::{Reader, Upkeep},
     http::HttpServer,
     ingest::{
         Ingest,
@@ -65,6 +65,7 @@ pub struct Gateway {
     store: Store,
     writer: Writer,
     latest: Arc<Latest>,
+    upkeep: Upkeep,
     registry: Registry,
     purge: Arc<Notify>,
     metrics: Metrics,
@@ -107,6 +108,8 @@ impl Gateway {
         ingest.show_pending(&metrics);
         let ingest = sink(ingest);
 
+        let upkeep = Upkeep::new(&config, store.clone(), registry.clone(), latest.clone(), tail.clone(), &metrics);
+
         let stop = Stop::default();
         let purge = Arc::new(Notify::new());
         let sources = Sources { store: store.clone(), tail, latest: latest.clone(), registry: registry.clone(), drain: stop.drain.clone() };
@@ -115,7 +118,7 @@ impl Gateway {
         let services = Services { config: &config, ingest, registry: &registry, configs: &configs, sources, purge: &purge };
         let routes = services.routes()?.add_service(health_service);
         let calls = CallTracker::new();
-        Ok(Self { config, store, writer, latest, registry, purge, metrics, readiness, health, calls, stop, routes, listener, http })
+        Ok(Self { config, store, writer, latest, upkeep, registry, purge, metrics, readiness, health, calls, stop, routes, listener, http })
     }
 
     /// Where gRPC is served, with the port that was bound.
@@ -142,11 +145,28 @@ impl Gateway {
     /// Serves until `stop_signal`, then drains: says NOT_SERVING, takes no more calls, lets the open ones end, commits what
     /// was taken. Returns whether all that came to its end within the grace period.
     pub async fn run_until(self, stop_signal: impl Future<Output = ()>) -> bool {
-        let Self { config, store, writer, latest, registry, purge, metrics, readiness, health, calls, stop, routes, listener, http } = self;
+        let Self {
+            config,
+            store,
+            writer,
+            latest,
+            upkeep,
+            registry,
+            purge,
+            metrics,
+            readiness,
+            health,
+            calls,
+            stop,
+            routes,
+            listener,
+            http,
+        } = self;
         let background = CancellationToken::new();
         let mut tasks = JoinSet::new();
         tasks.spawn(metrics.clone().run_upkeep(background.clone()));
         tasks.spawn(latest.clone().run(store.clone(), background.clone()));
+        tasks.spawn(upkeep.run(background.clone()));
         let interval = config.devices.reconcile_interval;
         tasks.spawn(reconciler::run(store.clone(), registry, interval, background.clone()));
         tasks.spawn(run_purge(store.clone(), purge, background.clone()));

@@ -27,6 +27,7 @@ pub struct Config {
     pub ingest: Ingest,
     pub devices: Devices,
     pub live: Live,
+    pub history: History,
     pub query: Query,
     pub shutdown: Shutdown,
     pub log: Log,
@@ -98,6 +99,20 @@ pub struct Devices {
 #[allow(missing_docs, reason = "SETTINGS documents each")]
 pub struct Live {
     pub tail_bytes_max: usize,
+    #[serde(with = "duration")]
+    pub replay_window: Duration,
+    pub replay_bytes_max: usize,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "SETTINGS documents each")]
+pub struct History {
+    #[serde(with = "duration")]
+    pub merge_interval: Duration,
+    pub unmerged_bytes_max: usize,
+    #[serde(with = "duration")]
+    pub retention_age: Duration,
+    pub retention_bytes_max: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -163,7 +178,13 @@ impl Default for Config {
                 config_bytes_max: 64 << 10,
                 reconcile_interval: Duration::from_secs(30),
             },
-            live: Live { tail_bytes_max: 32 * MIB },
+            live: Live { tail_bytes_max: 32 * MIB, replay_window: Duration::from_secs(3600), replay_bytes_max: 64 * MIB },
+            history: History {
+                merge_interval: Duration::from_secs(60),
+                unmerged_bytes_max: 64 * MIB,
+                retention_age: Duration::ZERO,
+                retention_bytes_max: 0,
+            },
             query: Query { readings_max: 5_000_000, bytes_max: 256 * MIB, concurrent_max: 8 },
             shutdown: Shutdown { notice: Duration::ZERO, grace: Duration::from_secs(25) },
             log: Log { filter: "info".into(), format: "text".into() },

@@ -235,14 +235,40 @@ pub static SETTINGS: &[Setting] = &[
         "How much of the log's end is kept in memory for followers; slower ones read the database.",
     ),
     setting(
+        "live.replay_window",
+        seconds(0..=365 * DAY),
+        "How long a batch that is merged stays in the log, for followers to resume at; what is not merged stays anyway.",
+    ),
+    setting(
+        "live.replay_bytes_max",
+        Allowed::Bytes(0..=1024 * GIB),
+        "How many bytes of merged batches stay in the log at the most; the oldest go first, also when they are younger than live.replay_window.",
+    ),
+    setting("history.merge_interval", seconds(1..=DAY), "How often the log is merged into chunks, which is what makes reading quick."),
+    setting(
+        "history.unmerged_bytes_max",
+        Allowed::Bytes(1..=64 * GIB),
+        "How many bytes of batches may come in before they are merged without waiting for the interval.",
+    ),
+    setting(
+        "history.retention_age",
+        seconds(0..=10_000 * 365 * DAY),
+        "How old readings become: a chunk is deleted when all of its readings are older. 0s: any age.",
+    ),
+    setting(
+        "history.retention_bytes_max",
+        Allowed::Bytes(0..=1024 * 1024 * GIB),
+        "How much disk the database may use; beyond that the oldest readings are deleted. 0: no limit.",
+    ),
+    setting(
         "query.readings_max",
         Allowed::Count(1..=1_000_000_000),
-        "How many readings one query may read; one with more is refused with QUERY_TOO_LARGE.",
+        "How many readings that are not merged yet one query may hold; one with more is refused with QUERY_TOO_LARGE. Merged ones are read as the client takes them.",
     ),
     setting(
         "query.bytes_max",
         Allowed::Bytes(MIB..=64 * GIB),
-        "How much memory the readings of one query may take, about; one with more is refused with QUERY_TOO_LARGE.",
+        "How much memory the readings of one query that are not merged yet may take, about; one with more is refused with QUERY_TOO_LARGE.",
     ),
     setting(
         "query.concurrent_max",

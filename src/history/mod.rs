@@ -1,5 +1,20 @@
-//! Reading back what is stored.
+//! What was stored, for reading: the log is merged into chunks in the background, and a query reads the two as one.
 
-pub mod query;
+mod buckets;
+pub mod chunk;
+mod gather;
+mod json;
+mod merger;
+mod metrics;
+mod plan;
+mod query;
+mod series;
+mod upkeep;
 
-pub use query::{Answer, Bucket, Query, Reader, SensorReadings};
+pub use buckets::Bucket;
+pub use query::{Answer, Piece, Query, Reader};
+pub use series::Series;
+pub use upkeep::Upkeep;
+
+#[cfg(test)]
+mod model_tests;

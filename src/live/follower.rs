@@ -243,7 +243,10 @@ impl Follower {
     async fn read_store(&mut self) -> Result<(), Failure> {
         // Asked before the read: what leaves the tail later may not have been in the store when it was read.
         let tail_begins_after = self.sources.tail.begins_after();
-        let rows = self.sources.store.read_log(self.cursor, ENTRIES_PER_READ, BYTES_PER_READ).await?;
+        let Some(rows) = self.sources.store.read_log_unbroken(self.cursor, ENTRIES_PER_READ, BYTES_PER_READ).await? else {
+            let pruned = self.sources.store.pruned_position().await?;
+            return Err(Error::PositionExpired { oldest: Position(pruned.0 + 1) }.into());
+        };
         if rows.is_empty() {
             // The rows up to where the tail began are gone with their devices: go on there.
             self.cursor = self.cursor.max(tail_begins_after);

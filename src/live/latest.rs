@@ -127,9 +127,11 @@ impl Latest {
         let behind = *saved;
         let (position, changed) = self.state.lock().select(|latest| latest.position > behind);
         let mut rows = changed.into_iter().flat_map(|latest| latest.rows(behind)).peekable();
-        while rows.peek().is_some() {
+        // Also when only old readings came in, which change nothing: the log may be pruned up to the position.
+        let mut whole = position == behind;
+        while !whole {
             let slice: Vec<LatestRow> = rows.by_ref().take(ROWS_PER_SAVE).collect();
-            let whole = rows.peek().is_none();
+            whole = rows.peek().is_none();
             store.save_latest(&slice, whole.then_some(position)).await?;
         }
         *saved = position;

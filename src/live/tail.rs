@@ -47,6 +47,7 @@ struct State {
     begins_after: Position,
     entries: VecDeque<TailEntry>,
     bytes: usize,
+    appended_bytes: u64,
 }
 
 /// What [`Tail::read`] found.
@@ -62,7 +63,7 @@ pub enum TailRead {
 impl Tail {
     /// An empty tail behind `head`, the last position of the log.
     pub fn new(head: Position, bytes_max: usize) -> Self {
-        let state = State { begins_after: head, entries: VecDeque::new(), bytes: 0 };
+        let state = State { begins_after: head, entries: VecDeque::new(), bytes: 0, appended_bytes: 0 };
         Self { state: RwLock::new(state), head: watch::Sender::new(head), bytes_max }
     }
 
@@ -74,6 +75,7 @@ impl Tail {
             for entry in entries {
                 last = Some(entry.position);
                 state.bytes += entry.cost_bytes();
+                state.appended_bytes += entry.batch.len() as u64;
                 state.entries.push_back(entry);
             }
             while state.bytes > self.bytes_max
@@ -102,6 +104,11 @@ impl Tail {
     /// Every entry behind this position is in the tail.
     pub fn begins_after(&self) -> Position {
         self.state.read().begins_after
+    }
+
+    /// How many bytes of batches have been added since the gateway started.
+    pub fn appended_bytes(&self) -> u64 {
+        self.state.read().appended_bytes
     }
 
     /// The last committed position; wakes with each commit.

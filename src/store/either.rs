@@ -1,12 +1,13 @@
 //! One face for both databases: each method says what every store does, and hands on to the one that the gateway runs on.
 
 use super::{
-    ConfigReportRow, ConfigRevisionRow, ConfigStateRow, DeviceKey, DeviceRow, LatestRow, LedgerRow, LogPage, LogRow, NewLogRow,
-    NewRejection, SensorRow, StoreError, StreamChange, StreamRow,
+    ChunkSpan, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, Count, DeviceKey, DeviceRow, Extent, LatestRow, LedgerRow, LogRow,
+    LogSize, NewChunk, NewLogRow, NewRejection, SensorRow, StoreError, StreamChange, StreamRow, Unmerged,
     sqlite::{SqliteStore, SqliteTx},
 };
 use crate::{
     config::Storage,
+    history::chunk::Chunk,
     model::{DeviceId, Labels, Position, StreamId, Timestamp},
 };
 
@@ -88,17 +89,39 @@ impl Store {
         /// The rows behind `after`, in order: at most `rows_max`, and no further one when there are `bytes_max`.
         async fn read_log(&self, after: Position, rows_max: usize, bytes_max: usize) -> Result<Vec<LogRow>, StoreError>;
 
-        /// The rows of one device behind `after`, in order, of those batches that reach into the times: as many as with
-        /// [`read_log`](Self::read_log).
-        async fn read_device_log(
+        /// As [`read_log`](Self::read_log); `None` when rows behind `after` have been deleted since they were merged.
+        async fn read_log_unbroken(&self, after: Position, rows_max: usize, bytes_max: usize) -> Result<Option<Vec<LogRow>>, StoreError>;
+
+        /// What of a device's batches is not in the chunks, of those that reach into the times: about `bytes_max` at the most.
+        async fn read_unmerged(
             &self,
             device: DeviceKey,
-            after: Position,
             start_time: Timestamp,
             end_time: Option<Timestamp>,
-            rows_max: usize,
             bytes_max: usize,
-        ) -> Result<LogPage, StoreError>;
+        ) -> Result<Unmerged, StoreError>;
+
+        /// How large the rows behind `after` are, in order: at most `rows_max`.
+        async fn log_sizes(&self, after: Position, rows_max: usize) -> Result<Vec<LogSize>, StoreError>;
+
+        /// All of the log up to this position is in the chunks.
+        async fn merged_position(&self) -> Result<Position, StoreError>;
+
+        /// The latest readings that are stored are as of this position.
+        async fn latest_position(&self) -> Result<Position, StoreError>;
+
+        /// The chunks that new readings of some sensors reach into, and of those before them the last that is complete and all behind
+        /// it, in the order of sensors as asked for, each in the order of time.
+        async fn chunks_around(&self, extents: &[Extent]) -> Result<Vec<ChunkSpan>, StoreError>;
+
+        /// The chunks of a sensor that have readings at or after `start` and before `end`, in the order of time: at most `chunks_max`.
+        async fn read_chunks(&self, sensor_key: i64, start: i64, end: i64, chunks_max: usize) -> Result<Vec<Chunk>, StoreError>;
+
+        /// How much of the disk the database needs for what is in it.
+        async fn used_bytes(&self) -> Result<u64, StoreError>;
+
+        /// Gives some of what deleting left free back to the file system, but `keep_bytes` of it; whether there is more to give.
+        async fn release_space(&self, keep_bytes: u64) -> Result<bool, StoreError>;
 
         /// The account of a device: the sums over all of its streams, and those that were last heard of, the last first.
         async fn ledger(&self, device: DeviceKey) -> Result<LedgerRow, StoreError>;
@@ -169,6 +192,19 @@ impl WriteTx<'_> {
 
         /// Appends to the log; returns the first of the new positions, which follow one another without a hole.
         async fn append(&mut self, rows: &[NewLogRow]) -> Result<Position, StoreError>;
+
+        /// Puts new chunks in the place of others, but no chunk of a device that was deleted meanwhile: nobody would delete it any more.
+        async fn replace_chunks(&mut self, gone: &[i64], new: &[NewChunk]) -> Result<(), StoreError>;
+
+        /// Notes that all of the log up to a position is in the chunks.
+        async fn set_merged(&mut self, position: Position) -> Result<(), StoreError>;
+
+        /// Deletes the log up to a position. Returns how many batches that were.
+        async fn prune_log(&mut self, through: Position) -> Result<u64, StoreError>;
+
+        /// Deletes the chunks whose last readings are the oldest, only of those that end before `before` if that is given: at most
+        /// `chunks_max`. Returns how many readings of how many chunks are gone.
+        async fn delete_oldest_chunks(&mut self, before: Option<i64>, chunks_max: usize) -> Result<Count, StoreError>;
 
         /// Moves streams on, each from where this transaction read it: a row that is elsewhere is a conflict, and nothing may be committed.
         async fn advance_streams(&mut self, changes: &[StreamChange]) -> Result<(), StoreError>;

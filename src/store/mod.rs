@@ -1,4 +1,4 @@
-//! What is kept: the log of batches, the registry, the configurations.
+//! What is kept: the log of batches, the chunks merged from it, the registry, the configurations.
 //!
 //! Reads run beside one another; writes go through one [`WriteTx`] at a time, which either commits whole or leaves nothing.
 //! After a write has failed its connection is thrown away, so the next one begins from what the store itself then holds.
@@ -8,6 +8,7 @@ mod sqlite;
 
 pub use either::{Store, WriteTx};
 
+use crate::history::chunk::Chunk;
 use crate::model::{BatchReject, BatchSummary, DeviceId, Labels, Position, StreamId, Timestamp, ValueKind};
 use bytes::Bytes;
 
@@ -203,13 +204,63 @@ pub struct LogRow {
     pub batch: Bytes,
 }
 
-/// Some rows of the log.
+/// What of the log is not in the chunks.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LogPage {
+pub struct Unmerged {
     /// The rows, in order.
     pub rows: Vec<LogRow>,
-    /// Whether there may be more behind them.
-    pub more: bool,
+    /// Whether that is all: `false` when there were more bytes than asked for.
+    pub whole: bool,
+}
+
+/// A row of the log without its batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogSize {
+    /// Its place.
+    pub position: Position,
+    /// When it came in.
+    pub receive_time: Timestamp,
+    /// How large its batch is.
+    pub bytes: usize,
+}
+
+/// New readings of a sensor: which chunks are around them?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// The sensor's number.
+    pub sensor_key: i64,
+    /// The first time, microseconds since the epoch.
+    pub first_time: i64,
+    /// The last time.
+    pub last_time: i64,
+}
+
+/// A chunk without its readings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChunkSpan {
+    /// Its number.
+    pub key: i64,
+    /// Its sensor's number.
+    pub sensor_key: i64,
+    /// The time of its first reading, microseconds since the epoch.
+    pub first_time: i64,
+    /// The time of its last reading.
+    pub last_time: i64,
+    /// How many readings it has.
+    pub readings: usize,
+    /// Whether it is large enough to stay as it is.
+    pub complete: bool,
+}
+
+/// A chunk to store.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NewChunk {
+    /// Its sensor's number.
+    pub sensor_key: i64,
+    /// Whether it is large enough to stay as it is.
+    pub complete: bool,
+    /// The chunk.
+    pub chunk: Chunk,
 }
 
 /// A device's account.

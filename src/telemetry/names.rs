@@ -108,6 +108,20 @@ pub const COMMIT_BATCHES: &str = "tidegate_commit_batches";
 pub const COMMIT_FAILURES: &str = "tidegate_commit_failures_total";
 /// Bytes of batches that wait for their commit.
 pub const PENDING_BYTES: &str = "tidegate_pending_bytes";
+/// Readings merged.
+pub const MERGED_READINGS: &str = "tidegate_merged_readings_total";
+/// How long passes took.
+pub const MERGE_DURATION: &str = "tidegate_merge_duration_seconds";
+/// Background work that failed.
+pub const MERGE_FAILURES: &str = "tidegate_merge_failures_total";
+/// Batches that wait to be merged.
+pub const UNMERGED_BATCHES: &str = "tidegate_unmerged_batches";
+/// Chunks written.
+pub const CHUNKS_WRITTEN: &str = "tidegate_chunks_written_total";
+/// Merged batches deleted from the log.
+pub const PRUNED_BATCHES: &str = "tidegate_pruned_batches_total";
+/// Readings deleted by retention.
+pub const EXPIRED_READINGS: &str = "tidegate_expired_readings_total";
 /// Always 1. `version`: the version of the running gateway.
 pub const BUILD_INFO: &str = "tidegate_build_info";
 /// When the process began.
@@ -192,6 +206,25 @@ pub static METRICS: &[Metric] = &[
         &[],
         "Bytes of batches that wait for their commit; at ingest.pending_bytes_max uploads are no longer read.",
     ),
+    metric(
+        MERGED_READINGS,
+        Kind::Counter,
+        "readings",
+        &[],
+        "Readings merged from the log into chunks; those of a pass that is done again count again.",
+    ),
+    metric(
+        MERGE_DURATION,
+        Kind::Histogram { buckets: CALL_SECONDS },
+        "seconds",
+        &[],
+        "How long passes that merge the log took, with the pauses that leave ingest its turn.",
+    ),
+    metric(MERGE_FAILURES, Kind::Counter, "failures", &[], "Rounds of merging, pruning and retention that failed and are tried again."),
+    metric(UNMERGED_BATCHES, Kind::Gauge, "batches", &[], "Batches of the log that were not merged when the last pass ended, about."),
+    metric(CHUNKS_WRITTEN, Kind::Counter, "chunks", &[], "Chunks written."),
+    metric(PRUNED_BATCHES, Kind::Counter, "batches", &[], "Merged batches deleted from the log, as they are no longer kept for followers."),
+    metric(EXPIRED_READINGS, Kind::Counter, "readings", &[], "Readings deleted by retention."),
     metric(BUILD_INFO, Kind::Gauge, "info", &["version"], "Always 1; the label tells the version of the running gateway."),
     metric(PROCESS_START_TIME, Kind::Gauge, "seconds", &[], "When the process began, in seconds since 1970-01-01T00:00:00Z."),
     metric(PROCESS_CPU, Kind::Counter, "seconds", &[], "Processor time that the process has used, in user and system mode."),

@@ -20,5 +20,6 @@ mod null_sink;
 mod python;
 mod readme;
 mod sizes;
+mod sql;
 mod store_failure;
 mod upload;

@@ -9,6 +9,8 @@ use sqlx::{Row, sqlite::SqliteRow};
 
 /// How many rows of a deleted device one transaction deletes, so that ingest does not wait for long.
 const DELETED_ROWS_PER_TRANSACTION: i64 = 500;
+/// How many rows of the log one transaction looks at.
+const SCANNED_ROWS_PER_TRANSACTION: i64 = 5_000;
 
 impl SqliteTx<'_> {
     pub async fn insert_device(
@@ -123,8 +125,9 @@ impl SqliteStore {
     pub async fn purge_deleted(&self) -> Result<(), StoreError> {
         let gone: Vec<i64> = sqlx::query_scalar("SELECT device_id FROM deleted_devices").fetch_all(self.readers()).await?;
         for device in gone {
+            self.delete_log(device).await?;
             for statement in [
-                "DELETE FROM log WHERE position IN (SELECT position FROM log WHERE device_id = ? LIMIT ?)",
+                "DELETE FROM chunks WHERE chunk_id IN (SELECT chunk_id FROM chunks JOIN sensors USING (sensor_id) WHERE device_id = ? LIMIT ?)",
                 "DELETE FROM rejected_batches WHERE rejection_id IN (SELECT rejection_id FROM rejected_batches WHERE device_id = ? LIMIT ?)",
                 "DELETE FROM latest_readings WHERE sensor_id IN (SELECT sensor_id FROM latest_readings WHERE device_id = ? LIMIT ?)",
                 "DELETE FROM config_revisions WHERE (device_id, revision) IN (SELECT device_id, revision FROM config_revisions WHERE device_id = ? LIMIT ?)",
@@ -138,6 +141,19 @@ impl SqliteStore {
             let mut tx = self.begin().await?;
             sqlx::query("DELETE FROM deleted_devices WHERE device_id = ?").bind(device).execute(&mut tx.connection).await?;
             tx.commit().await?;
+        }
+        Ok(())
+    }
+
+    /// Goes through the log once, as it has no index by device.
+    async fn delete_log(&self, device: i64) -> Result<(), StoreError> {
+        let (mut after, end) = (self.pruned_position().await?.0, self.last_position().await?.0);
+        while after < end {
+            let mut tx = self.begin().await?;
+            let query = sqlx::query("DELETE FROM log WHERE position > ? AND position <= ? AND device_id = ?");
+            query.bind(after).bind(after + SCANNED_ROWS_PER_TRANSACTION).bind(device).execute(&mut tx.connection).await?;
+            tx.commit().await?;
+            after += SCANNED_ROWS_PER_TRANSACTION;
         }
         Ok(())
     }

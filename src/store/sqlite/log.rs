@@ -3,7 +3,7 @@
 use super::{SqliteStore, SqliteTx, as_integer, column, count_column, in_statements, key_column, time_column};
 use crate::{
     model::{Position, StreamId, Timestamp, batch::reason_name},
-    store::{Count, DeviceKey, LedgerRow, LogPage, LogRow, NewLogRow, NewRejection, StoreError, StreamChange, StreamRow},
+    store::{Count, DeviceKey, LedgerRow, LogRow, LogSize, NewLogRow, NewRejection, StoreError, StreamChange, StreamRow, Unmerged},
 };
 use bytes::Bytes;
 use futures_util::{Stream, TryStreamExt};
@@ -130,8 +130,7 @@ impl SqliteStore {
     }
 
     pub async fn pruned_position(&self) -> Result<Position, StoreError> {
-        let pruned = sqlx::query_scalar("SELECT position FROM progress WHERE name = 'log_pruned'").fetch_one(self.readers()).await?;
-        Ok(Position(pruned))
+        self.progress("log_pruned").await
     }
 
     pub async fn position_before(&self, time: Timestamp) -> Result<Position, StoreError> {
@@ -154,26 +153,47 @@ impl SqliteStore {
     pub async fn read_log(&self, after: Position, rows_max: usize, bytes_max: usize) -> Result<Vec<LogRow>, StoreError> {
         let query = sqlx::query("SELECT position, device_id, receive_time, batch FROM log WHERE position > ? ORDER BY position LIMIT ?");
         let found = query.bind(after.0).bind(rows_max as i64).fetch(self.readers());
-        Ok(log_page(found, rows_max, bytes_max).await?.rows)
+        Ok(log_page(found, bytes_max).await?.0)
     }
 
-    pub async fn read_device_log(
+    pub async fn read_log_unbroken(&self, after: Position, rows_max: usize, bytes_max: usize) -> Result<Option<Vec<LogRow>>, StoreError> {
+        // One snapshot: what is deleted after it is still read, what is deleted before it is noticed.
+        let mut tx = self.readers().begin().await?;
+        let pruned: i64 = sqlx::query_scalar("SELECT position FROM progress WHERE name = 'log_pruned'").fetch_one(&mut *tx).await?;
+        if after.0 < pruned {
+            return Ok(None);
+        }
+        let query = sqlx::query("SELECT position, device_id, receive_time, batch FROM log WHERE position > ? ORDER BY position LIMIT ?");
+        let found = query.bind(after.0).bind(rows_max as i64).fetch(&mut *tx);
+        log_page(found, bytes_max).await.map(|(rows, _)| Some(rows))
+    }
+
+    pub async fn read_unmerged(
         &self,
         device: DeviceKey,
-        after: Position,
         start_time: Timestamp,
         end_time: Option<Timestamp>,
-        rows_max: usize,
         bytes_max: usize,
-    ) -> Result<LogPage, StoreError> {
-        let found = sqlx::query("SELECT position, device_id, receive_time, batch FROM log INDEXED BY log_by_device WHERE device_id = ? AND position > ? AND last_time >= ? AND first_time < ? ORDER BY position LIMIT ?")
+    ) -> Result<Unmerged, StoreError> {
+        // One statement, and so one snapshot: a row is either behind 'merged' here, or in the chunks for whoever reads them later.
+        let found = sqlx::query("SELECT position, device_id, receive_time, batch FROM log WHERE position > (SELECT position FROM progress WHERE name = 'merged') AND device_id = ? AND last_time >= ? AND first_time < ? ORDER BY position")
             .bind(device.0)
-            .bind(after.0)
             .bind(start_time.micros())
             .bind(end_time.map_or(i64::MAX, Timestamp::micros))
-            .bind(rows_max as i64)
             .fetch(self.readers());
-        log_page(found, rows_max, bytes_max).await
+        let (rows, whole) = log_page(found, bytes_max).await?;
+        Ok(Unmerged { rows, whole })
+    }
+
+    pub async fn log_sizes(&self, after: Position, rows_max: usize) -> Result<Vec<LogSize>, StoreError> {
+        let query =
+            sqlx::query("SELECT position, receive_time, length(batch) AS bytes FROM log WHERE position > ? ORDER BY position LIMIT ?");
+        let rows = query.bind(after.0).bind(rows_max as i64).fetch_all(self.readers()).await?;
+        let size = |row: &SqliteRow| {
+            let (position, receive_time) = (Position(column(row, "position")?), time_column(row, "receive_time")?);
+            Ok(LogSize { position, receive_time, bytes: count_column(row, "bytes")? as usize })
+        };
+        rows.iter().map(size).collect()
     }
 
     pub async fn ledger(&self, device: DeviceKey) -> Result<LedgerRow, StoreError> {
@@ -205,22 +225,21 @@ impl SqliteStore {
     }
 }
 
-/// Takes rows until they have `bytes_max`.
+/// Takes rows until they have `bytes_max`; whether that were all.
 async fn log_page(
     mut found: impl Stream<Item = Result<SqliteRow, sqlx::Error>> + Unpin,
-    rows_max: usize,
     bytes_max: usize,
-) -> Result<LogPage, StoreError> {
+) -> Result<(Vec<LogRow>, bool), StoreError> {
     let (mut rows, mut bytes) = (Vec::new(), 0);
-    while bytes < bytes_max
-        && let Some(row) = found.try_next().await?
-    {
+    while let Some(row) = found.try_next().await? {
+        if bytes >= bytes_max {
+            return Ok((rows, false));
+        }
         let row = log_row(&row)?;
         bytes += row.batch.len();
         rows.push(row);
     }
-    let more = bytes >= bytes_max || rows.len() >= rows_max;
-    Ok(LogPage { rows, more })
+    Ok((rows, true))
 }
 
 fn log_row(row: &SqliteRow) -> Result<LogRow, StoreError> {

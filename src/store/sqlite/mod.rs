@@ -1,5 +1,6 @@
 //! The embedded store: one SQLite file in WAL mode, one connection that writes, some that read.
 
+mod chunks;
 mod config;
 mod devices;
 mod latest;
@@ -21,6 +22,8 @@ const DATABASE_FILE: &str = "tidegate.db";
 const WAL_PAGES_BEFORE_CHECKPOINT: &str = "10000";
 /// The page cache of a connection, in KiB (negative in SQLite's own convention).
 const CACHE_KIB: &str = "-65536";
+/// The same of a connection that reads: what it reads it seldom reads again, and the operating system caches it as well.
+const READER_CACHE_KIB: &str = "-4096";
 /// How many rows one statement inserts: few sizes, so that each is prepared once.
 const ROWS_PER_STATEMENT: [usize; 4] = [512, 64, 8, 1];
 
@@ -67,11 +70,12 @@ impl SqliteStore {
             .pragma("cache_size", CACHE_KIB)
             .statement_cache_capacity(128);
         let mut writer = SqliteConnection::connect_with(&options).await?;
+        enable_incremental_vacuum(&mut writer).await?;
         sqlx::migrate!("migrations/sqlite").run(&mut writer).await?;
         let readers = SqlitePoolOptions::new()
             .max_connections(settings.readers)
             .acquire_timeout(Duration::from_secs(30))
-            .connect_with(options.clone().create_if_missing(false).read_only(true))
+            .connect_with(options.clone().create_if_missing(false).read_only(true).pragma("cache_size", READER_CACHE_KIB))
             .await?;
         Ok(Self {
             shared: Arc::new(Shared { options, writer: Mutex::new(Writer { connection: Some(writer), lock: Some(lock) }), readers }),
@@ -118,6 +122,17 @@ impl SqliteStore {
     fn readers(&self) -> &SqlitePool {
         &self.shared.readers
     }
+}
+
+/// Once for each database, which is written anew for it when it has tables already. Without it the file would never shrink.
+async fn enable_incremental_vacuum(writer: &mut SqliteConnection) -> Result<(), StoreError> {
+    const INCREMENTAL: i64 = 2;
+    let mode: i64 = sqlx::query_scalar("PRAGMA auto_vacuum").fetch_one(&mut *writer).await?;
+    if mode != INCREMENTAL {
+        sqlx::query("PRAGMA auto_vacuum = INCREMENTAL").execute(&mut *writer).await?;
+        sqlx::query("VACUUM").execute(writer).await?;
+    }
+    Ok(())
 }
 
 fn lock_directory(directory: &Path) -> Result<Option<File>, std::io::Error> {

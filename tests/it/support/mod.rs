@@ -110,6 +110,11 @@ impl TestGateway {
         channel(self.grpc)
     }
 
+    /// Where its data is.
+    pub fn data_dir(&self) -> &Path {
+        self.directory.path()
+    }
+
     /// The status of a GET.
     pub async fn http_status(&self, path: &str) -> u16 {
         http_get(self.http, path).await.map_or(0, |(status, _)| status)

@@ -1,0 +1,236 @@
+//! Guarantee: whatever is uploaded, late or again, and however merging, pruning, retention, restarts and cut-off passes come in
+//! between, a query has each sensor's readings of all stored batches, of one time the one stored last; and nothing else but what
+//! retention took.
+
+use super::{
+    merger::{Haste, Merger},
+    *,
+};
+use crate::{
+    config::Config,
+    fleet::{Device, Registry},
+    ingest::{Envelope, Ingest, Outcome, writer::writer},
+    live::{Latest, Tail},
+    model::{DeviceId, StreamId, Timestamp, columns::Values},
+    pb,
+    store::Store,
+    telemetry::{Metrics, Readiness},
+};
+use proptest::prelude::*;
+use prost::Message;
+use std::{
+    collections::{BTreeMap, HashSet},
+    pin::pin,
+    sync::Arc,
+    task::Poll,
+    time::Duration,
+};
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+
+const SENSORS: usize = 5;
+
+/// Sensor and time, and the value.
+type Reading = ((usize, i64), i64);
+
+#[derive(Debug, Clone)]
+enum Step {
+    Upload(Upload),
+    /// The last batch once more.
+    Duplicate,
+    /// A batch whose predecessor is missing.
+    Gap,
+    Merge,
+    /// A pass that ends after being polled so often.
+    CutMerge(usize),
+    Prune,
+    /// Deletes what is before a time.
+    Expire(i64),
+    Restart,
+    Query(i64, i64),
+}
+
+/// Frames of some sensors each: the first time, the time between rows, how many rows.
+#[derive(Debug, Clone)]
+struct Upload {
+    sensors: HashSet<usize>,
+    begin: i64,
+    pace: i64,
+    rows: i64,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let upload = (prop::collection::hash_set(0..SENSORS, 1..=SENSORS), prop_oneof![3 => 0..2_000_i64, 1 => 0..60_i64], 1..4_i64, 1..50_i64)
+        .prop_map(|(sensors, begin, pace, rows)| Step::Upload(Upload { sensors, begin, pace, rows }));
+    let step = prop_oneof![
+        12 => upload,
+        1 => Just(Step::Duplicate),
+        1 => Just(Step::Gap),
+        4 => Just(Step::Merge),
+        3 => (1..40_usize).prop_map(Step::CutMerge),
+        2 => Just(Step::Prune),
+        1 => (0..500_i64).prop_map(Step::Expire),
+        1 => Just(Step::Restart),
+        2 => (0..2_000_i64, 0..1_000_i64).prop_map(|(begin, length)| Step::Query(begin, begin + length)),
+    ];
+    prop::collection::vec(step, 1..50)
+}
+
+/// A gateway's parts, as it runs them.
+struct Running {
+    store: Store,
+    ingest: Ingest,
+    device: Arc<Device>,
+    merger: Merger,
+    upkeep: Upkeep,
+    reader: Reader,
+    writing: JoinHandle<()>,
+}
+
+impl Running {
+    async fn open(directory: &TempDir) -> Self {
+        let mut config = Config::default();
+        config.storage.data_dir = directory.path().into();
+        config.live.replay_window = Duration::ZERO;
+        let metrics = Metrics::new();
+        let store = Store::open(&config.storage).await.expect("opened");
+        let registry = Registry::new(store.clone(), true, 10);
+        let device = registry.get_or_register(&DeviceId::parse("pump-1").expect("good")).await.expect("registered");
+        let tail = Arc::new(Tail::new(store.last_position().await.expect("read"), 1 << 20));
+        let latest = Arc::new(Latest::load(&store, &registry).await.expect("read"));
+        let (ingest, writer) =
+            writer(&config, store.clone(), registry.clone(), tail.clone(), latest.clone(), &metrics, Readiness::starting(&[]));
+        let merger = Merger::new(store.clone(), registry.clone(), &metrics);
+        let upkeep = Upkeep::new(&config, store.clone(), registry, latest, tail, &metrics);
+        let reader = Reader::new(store.clone(), &config.query);
+        Self { store, ingest, device, merger, upkeep, reader, writing: tokio::spawn(writer.run()) }
+    }
+
+    async fn close(self) {
+        let Self { store, ingest, writing, .. } = self;
+        drop(ingest);
+        writing.await.expect("no panic");
+        store.close().await;
+    }
+
+    async fn send(&self, stream: StreamId, sequence: u64, batch: Vec<u8>) -> Outcome {
+        let envelope = Envelope { sequence, batch: batch.into(), lost_batches: 0, lost_readings: 0 };
+        let pending = self.ingest.submit(&self.device, stream, envelope).await.expect("admitted");
+        pending.reply().await.1.expect("answered").outcome
+    }
+
+    async fn query(&self, begin: i64, end: i64) -> BTreeMap<(usize, i64), i64> {
+        let time = |micros| Timestamp::from_micros(micros).expect("in range");
+        let query = Query { sensors: HashSet::new(), start_time: time(begin), end_time: Some(time(end)), bucket: None };
+        let mut answer = self.reader.read(&self.device, query).await.expect("answered");
+        let mut found = BTreeMap::new();
+        while let Some(piece) = answer.next().await.expect("answered") {
+            let Piece::Readings(sensor, readings) = piece else { panic!("not asked for") };
+            let Values::Int64(values) = readings.values else { panic!("not integers") };
+            let sensor = sensor.name[1..].parse().expect("a number");
+            for (time, value) in readings.times.into_iter().zip(values) {
+                let last = found.range((sensor, i64::MIN)..(sensor + 1, i64::MIN)).next_back().map(|((_, time), _)| *time);
+                assert!(last.is_none_or(|last| last < time), "in the order of time");
+                found.insert((sensor, time), value);
+            }
+        }
+        found
+    }
+}
+
+/// What should be there.
+#[derive(Default)]
+struct Model {
+    readings: BTreeMap<(usize, i64), i64>,
+    // What is before it may be gone.
+    expired: i64,
+}
+
+impl Model {
+    fn check(&self, found: &BTreeMap<(usize, i64), i64>, begin: i64, end: i64) {
+        let asked = |time: &i64| (begin..end).contains(time);
+        for ((sensor, time), value) in found {
+            assert_eq!(self.readings.get(&(*sensor, *time)), Some(value), "sensor {sensor} at {time}");
+        }
+        for (reading, value) in self.readings.iter().filter(|((_, time), _)| asked(time) && *time >= self.expired) {
+            assert_eq!(found.get(reading), Some(value), "{reading:?}");
+        }
+    }
+}
+
+fn batch(upload: &Upload, number: i64) -> (Vec<u8>, Vec<Reading>) {
+    let times: Vec<i64> = (0..upload.rows).map(|row| upload.begin + row * upload.pace).collect();
+    let values: Vec<i64> = (0..upload.rows).map(|row| number * 100 + row).collect();
+    let column = |sensor: &usize| pb::Column {
+        sensor: format!("s{sensor}"),
+        unit: String::new(),
+        values: Some(Values::Int64(values.clone()).into()),
+    };
+    let columns = upload.sensors.iter().map(column).collect();
+    let frame = pb::Frame { base_time_us: times[0], time_deltas_us: vec![upload.pace; times.len() - 1], columns };
+    let rows = upload.sensors.iter().flat_map(|sensor| times.iter().zip(&values).map(|(time, value)| ((*sensor, *time), *value)));
+    (pb::Batch { frames: vec![frame] }.encode_to_vec(), rows.collect())
+}
+
+/// Polls a future at most so often, and then drops it, wherever it is.
+async fn cut_off<T>(polls: usize, future: impl Future<Output = T>) {
+    let mut future = pin!(future);
+    let mut left = polls;
+    std::future::poll_fn(|context| {
+        left = left.saturating_sub(1);
+        if left == 0 { Poll::Ready(()) } else { future.as_mut().poll(context).map(|_| ()) }
+    })
+    .await;
+}
+
+async fn check(steps: Vec<Step>) {
+    let directory = TempDir::new().expect("a temporary directory");
+    let stream = StreamId::new();
+    let (mut model, mut sequence) = (Model::default(), 0);
+    let mut last_batch = None;
+    let mut running = Running::open(&directory).await;
+    for step in steps {
+        match step {
+            Step::Upload(upload) => {
+                sequence += 1;
+                let (bytes, rows) = batch(&upload, sequence as i64);
+                assert!(matches!(running.send(stream, sequence, bytes.clone()).await, Outcome::Stored { .. }));
+                model.readings.extend(rows);
+                last_batch = Some(bytes);
+            }
+            Step::Duplicate => {
+                let Some(bytes) = last_batch.clone() else { continue };
+                assert!(matches!(running.send(stream, sequence, bytes).await, Outcome::Duplicate { .. }));
+            }
+            Step::Gap => {
+                let Some(bytes) = last_batch.clone() else { continue };
+                assert!(matches!(running.send(stream, sequence + 2, bytes).await, Outcome::Gap { .. }));
+            }
+            Step::Merge => while running.merger.pass(Haste::Full).await.expect("merged") {},
+            Step::CutMerge(polls) => cut_off(polls, running.merger.pass(Haste::Full)).await,
+            Step::Prune => running.upkeep.prune().await.expect("pruned"),
+            Step::Expire(before) => {
+                model.expired = model.expired.max(before);
+                running.upkeep.expire_before(before).await.expect("deleted");
+            }
+            Step::Restart => {
+                running.close().await;
+                running = Running::open(&directory).await;
+            }
+            Step::Query(begin, end) => model.check(&running.query(begin, end).await, begin, end),
+        }
+    }
+    model.check(&running.query(-10, 10_000).await, -10, 10_000);
+    running.upkeep.round().await.expect("merged and pruned");
+    assert_eq!(running.store.pruned_position().await.expect("read"), running.store.last_position().await.expect("read"));
+    model.check(&running.query(-10, 10_000).await, -10, 10_000);
+    running.close().await;
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn a_query_has_what_was_stored(steps in steps()) {
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime").block_on(check(steps));
+    }
+}

@@ -1,0 +1,96 @@
+//! Readings of one sensor in memory.
+
+use super::chunk::Columns;
+use crate::model::{ValueKind, columns::Values};
+use std::ops::Range;
+
+/// Readings of one sensor: times, and a value for each.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Series {
+    /// Microseconds since the epoch.
+    pub times: Vec<i64>,
+    /// The values.
+    pub values: Values,
+}
+
+impl From<Columns> for Series {
+    fn from((times, values): Columns) -> Self {
+        Self { times, values }
+    }
+}
+
+impl Series {
+    /// No readings.
+    pub fn new(kind: ValueKind) -> Self {
+        Self { times: Vec::new(), values: Values::new(kind) }
+    }
+
+    /// How many readings there are.
+    pub fn len(&self) -> usize {
+        self.times.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.times.is_empty()
+    }
+
+    /// How much memory they take.
+    pub fn memory_bytes(&self) -> usize {
+        size_of_val(self.times.as_slice()) + self.values.memory_bytes()
+    }
+
+    /// Takes readings behind its own, as they come; `false` when their values are of another kind.
+    pub fn append(&mut self, mut other: Self) -> bool {
+        if self.is_empty() && self.values.kind() == other.values.kind() {
+            *self = other;
+            return true;
+        }
+        self.times.append(&mut other.times);
+        self.values.append(other.values)
+    }
+
+    /// A copy of some of them.
+    pub fn slice(&self, rows: Range<usize>) -> Self {
+        Self { times: self.times[rows.clone()].to_vec(), values: self.values.slice(rows) }
+    }
+
+    /// Those at or after `start` and before `end`.
+    pub fn between(self, start: i64, end: i64) -> Self {
+        let rows = self.times.partition_point(|&time| time < start)..self.times.partition_point(|&time| time < end);
+        if rows == (0..self.len()) { self } else { self.slice(rows) }
+    }
+
+    /// In the order of time; of several readings of one time the last, which is the one stored last.
+    pub fn sorted(self) -> Self {
+        if self.times.is_sorted_by(|a, b| a < b) {
+            return self;
+        }
+        let mut order: Vec<usize> = (0..self.times.len()).collect();
+        order.sort_by_key(|&row| self.times[row]); // stable: readings of one time stay in the order of storing
+        let mut kept: Vec<usize> = Vec::with_capacity(order.len());
+        for row in order {
+            match kept.last_mut() {
+                Some(last) if self.times[*last] == self.times[row] => *last = row,
+                _ => kept.push(row),
+            }
+        }
+        Self { times: kept.iter().map(|&row| self.times[row]).collect(), values: self.values.select(&kept) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_one_time_the_reading_stored_last_wins() {
+        let readings = |rows: &[(i64, f64)]| Series {
+            times: rows.iter().map(|row| row.0).collect(),
+            values: Values::Double(rows.iter().map(|row| row.1).collect()),
+        };
+        let sorted = readings(&[(3, 1.0), (1, 2.0), (3, 3.0), (2, 4.0), (1, 5.0)]).sorted();
+        assert_eq!(sorted, readings(&[(1, 5.0), (2, 4.0), (3, 3.0)]));
+        assert_eq!(sorted.between(2, 3), readings(&[(2, 4.0)]));
+    }
+}

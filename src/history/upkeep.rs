@@ -1,0 +1,200 @@
+//! The background work on what is stored: merging the log, pruning what of it is merged, deleting what is too old or too much.
+
+use super::merger::{Haste, Merger};
+use crate::fleet::Registry;
+use crate::{
+    config::{Config, History},
+    live::{Latest, Tail},
+    model::{Position, Timestamp},
+    store::{Store, StoreError},
+    telemetry::Metrics,
+};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio_util::sync::CancellationToken;
+
+/// How often to look whether there is something to do.
+const TICK: Duration = Duration::from_millis(250);
+/// What one transaction deletes of the log at the most.
+const SLICE_BYTES: usize = 1 << 20;
+const SLICE_ROWS: usize = 2_000;
+const ROWS_PER_READ: usize = 10_000;
+/// How many chunks one transaction deletes at the most.
+const CHUNKS_PER_TRANSACTION: usize = 64;
+/// How much free space the database keeps for what is written next: an eighth of what is used, and at least this.
+const FREE_BYTES_KEPT: u64 = 16 << 20;
+
+/// See the [module](self).
+pub struct Upkeep {
+    store: Store,
+    latest: Arc<Latest>,
+    tail: Arc<Tail>,
+    merger: Merger,
+    history: History,
+    replay_window: Duration,
+    replay_bytes_max: usize,
+    replay: Replay,
+}
+
+/// What of the log is merged and still kept.
+#[derive(Default)]
+struct Replay {
+    slices: VecDeque<Slice>,
+    bytes: usize,
+    through: Position,
+}
+
+struct Slice {
+    through: Position,
+    receive_time: Timestamp,
+    rows: usize,
+    bytes: usize,
+}
+
+impl Upkeep {
+    /// The work on what `store` holds.
+    pub fn new(config: &Config, store: Store, registry: Registry, latest: Arc<Latest>, tail: Arc<Tail>, metrics: &Metrics) -> Self {
+        let merger = Merger::new(store.clone(), registry, metrics);
+        let (replay_window, replay_bytes_max) = (config.live.replay_window, config.live.replay_bytes_max);
+        let (history, replay) = (config.history.clone(), Replay::default());
+        Self { store, latest, tail, merger, history, replay_window, replay_bytes_max, replay }
+    }
+
+    /// Works until `stop`: at each interval, and when enough has come in.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let (mut last_round, mut appended) = (Instant::now(), self.tail.appended_bytes());
+        loop {
+            if stop.run_until_cancelled(ticks.tick()).await.is_none() {
+                return;
+            }
+            let waiting = self.tail.appended_bytes() - appended;
+            if last_round.elapsed() < self.history.merge_interval && waiting < self.history.unmerged_bytes_max as u64 {
+                continue;
+            }
+            (last_round, appended) = (Instant::now(), self.tail.appended_bytes());
+            match stop.run_until_cancelled(self.round()).await {
+                None => return,
+                Some(Ok(())) => {}
+                Some(Err(error)) => {
+                    self.merger.metrics.merge_failures.increment(1);
+                    tracing::warn!(error = &error as &dyn std::error::Error, "history.failed: trying again at the next interval");
+                }
+            }
+        }
+    }
+
+    /// Merges all that waits, prunes and deletes.
+    pub async fn round(&mut self) -> Result<(), StoreError> {
+        let before = self.tail.appended_bytes();
+        // The first pass has what came before it; from then on there is too much when more comes in than is merged.
+        while self.merger.pass(self.haste(before)).await? {
+            self.prune().await?;
+            self.show_backlog().await?;
+        }
+        self.prune().await?;
+        self.expire().await
+    }
+
+    fn haste(&self, before: u64) -> Haste {
+        let came = self.tail.appended_bytes() - before;
+        if came > self.history.unmerged_bytes_max as u64 { Haste::Full } else { Haste::Paced }
+    }
+
+    async fn show_backlog(&self) -> Result<(), StoreError> {
+        let (last, merged) = (self.store.last_position().await?, self.store.merged_position().await?);
+        self.merger.metrics.unmerged_batches.set((last.0 - merged.0) as f64);
+        Ok(())
+    }
+
+    /// Deletes what of the log is merged and no longer kept for followers.
+    pub async fn prune(&mut self) -> Result<(), StoreError> {
+        let merged = self.store.merged_position().await?;
+        self.replay.extend(&self.store, merged).await?;
+        if self.replay.first_expired(self.replay_window, self.replay_bytes_max).is_none() {
+            return Ok(());
+        }
+        // A start reads the latest values from the log behind those that are saved.
+        self.latest.save(&self.store).await?;
+        let saved = self.store.latest_position().await?;
+        while let Some(through) = self.replay.first_expired(self.replay_window, self.replay_bytes_max)
+            && through <= saved
+        {
+            let mut tx = self.store.begin().await?;
+            let pruned = tx.prune_log(through).await?;
+            tx.commit().await?;
+            self.merger.metrics.pruned_batches.increment(pruned);
+            self.replay.forget_first();
+        }
+        Ok(())
+    }
+
+    /// Deletes what is too old, and of the oldest what is too much; gives back the space.
+    pub async fn expire(&self) -> Result<(), StoreError> {
+        let age = self.history.retention_age;
+        if !age.is_zero() {
+            self.expire_before(Timestamp::now().saturating_sub(age).micros()).await?;
+        }
+        let bytes_max = self.history.retention_bytes_max;
+        while bytes_max > 0 && self.store.used_bytes().await? > bytes_max && self.delete_oldest(None).await? > 0 {}
+        let kept = FREE_BYTES_KEPT.max(self.store.used_bytes().await? / 8);
+        while self.store.release_space(kept).await? {}
+        Ok(())
+    }
+
+    pub(super) async fn expire_before(&self, time: i64) -> Result<(), StoreError> {
+        while self.delete_oldest(Some(time)).await? > 0 {}
+        Ok(())
+    }
+
+    async fn delete_oldest(&self, before: Option<i64>) -> Result<u64, StoreError> {
+        let mut tx = self.store.begin().await?;
+        let deleted = tx.delete_oldest_chunks(before, CHUNKS_PER_TRANSACTION).await?;
+        tx.commit().await?;
+        self.merger.metrics.expired_readings.increment(deleted.readings);
+        Ok(deleted.batches)
+    }
+}
+
+impl Replay {
+    /// Notes what is merged since.
+    async fn extend(&mut self, store: &Store, merged: Position) -> Result<(), StoreError> {
+        while self.through < merged {
+            let rows = store.log_sizes(self.through, ROWS_PER_READ).await?;
+            let Some(last) = rows.last() else { break };
+            self.through = last.position.min(merged);
+            for row in rows.iter().take_while(|row| row.position <= merged) {
+                self.bytes += row.bytes;
+                match self.slices.back_mut() {
+                    Some(slice) if slice.rows < SLICE_ROWS && slice.bytes < SLICE_BYTES => {
+                        (slice.through, slice.receive_time) = (row.position, row.receive_time);
+                        slice.rows += 1;
+                        slice.bytes += row.bytes;
+                    }
+                    _ => {
+                        let (through, receive_time) = (row.position, row.receive_time);
+                        self.slices.push_back(Slice { through, receive_time, rows: 1, bytes: row.bytes });
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the oldest part ends, if it is not to be kept.
+    fn first_expired(&self, window: Duration, bytes_max: usize) -> Option<Position> {
+        let first = self.slices.front()?;
+        let old = first.receive_time.saturating_add(window) <= Timestamp::now();
+        (old || self.bytes > bytes_max).then_some(first.through)
+    }
+
+    fn forget_first(&mut self) {
+        if let Some(first) = self.slices.pop_front() {
+            self.bytes -= first.bytes;
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! Guarantee: what is stored can be read with nothing but Debian's `sqlite3`, beside the running gateway, as docs/SQL.md says.
+
+use crate::support::{
+    TestGateway,
+    client::{SECOND, T0, TestDevice, column, encode, frame},
+    eventually,
+    script::skipped,
+};
+use std::{path::Path, process::Command};
+use tidegate::{model::columns::Values, pb};
+
+const PAGE: &str = include_str!("../../docs/SQL.md");
+
+fn sqlite3(data_dir: &Path, sql: &str) -> Option<String> {
+    let database = data_dir.join("tidegate.db");
+    let output = Command::new("sqlite3").arg("-readonly").arg("-cmd").arg(".timeout 10000").arg(database).arg(sql).output().ok()?;
+    assert!(output.status.success(), "{sql}: {}", String::from_utf8_lossy(&output.stderr));
+    Some(String::from_utf8(output.stdout).expect("UTF-8"))
+}
+
+/// The page's examples in a language, with what its placeholders stand for.
+fn examples(language: &str) -> Vec<String> {
+    let blocks = PAGE.split("```").skip(1).step_by(2).filter_map(|block| block.strip_prefix(language)?.strip_prefix('\n'));
+    blocks.map(str::to_owned).collect()
+}
+
+/// Every kind of values, late times, and what has no small form.
+fn batches() -> Vec<pb::Frame> {
+    let even = frame(
+        T0,
+        vec![
+            column("temperature", "Cel", Values::Double(vec![21.5, 21.25, -0.5, 1e300])),
+            column("starts", "", Values::Int64(vec![9_007_199_254_740_993, -1, 0, i64::MAX])),
+            column("running", "", Values::Bool(vec![true, false, true, true])),
+            column("state", "", Values::Text(vec!["idle".into(), "it's \"on\"".into(), "ü".into(), String::new()])),
+        ],
+    );
+    let uneven = pb::Frame {
+        base_time_us: T0,
+        time_deltas_us: vec![SECOND + 7, SECOND, SECOND - 9],
+        columns: vec![
+            column("pressure", "Pa", Values::Double(vec![100_000.25, 100_000.5, 100_000.75, 100_001.0])),
+            column("noise", "", Values::Double(vec![0.1 + 0.2, 1e-9, 2.5, 1e300])),
+            column("note", "", Values::Text(vec!["a".into(), "b".into(), "c".into(), "d".into()])),
+        ],
+    };
+    vec![even, uneven]
+}
+
+#[tokio::test]
+async fn sqlite3_reads_every_kind_of_values_and_the_pages_examples() {
+    let gateway = TestGateway::start_with(|config| config.history.unmerged_bytes_max = 1).await;
+    if Command::new("sqlite3").arg("-version").output().is_err() {
+        return skipped("sqlite3 is not there");
+    }
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    device.upload([(1, encode(batches()))]).await.expect("accepted");
+    let count = || async { sqlite3(gateway.data_dir(), "SELECT count(*) FROM readings").filter(|count| count.trim() == "28") };
+    eventually("all is merged", count).await;
+
+    let rows = |sensor: &str| {
+        let sql = format!("SELECT time, value, text FROM readings WHERE device = 'pump-1' AND sensor = '{sensor}' ORDER BY time_us");
+        sqlite3(gateway.data_dir(), &sql).expect("sqlite3 runs").lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let even = |row: &str, value: &str| format!("2026-01-01T00:00:0{row}Z|{value}");
+    let temperatures = [("0.000000", "21.5|"), ("1.000000", "21.25|"), ("2.000000", "-0.5|"), ("3.000000", "1.0e+300|")];
+    assert_eq!(rows("temperature"), temperatures.map(|(time, value)| even(time, value)));
+    let starts = ["9007199254740993|", "-1|", "0|", "9223372036854775807|"];
+    assert_eq!(rows("starts").iter().map(|row| &row[28..]).collect::<Vec<_>>(), starts);
+    assert_eq!(rows("running").iter().map(|row| &row[28..]).collect::<Vec<_>>(), ["1|", "0|", "1|", "1|"]);
+    assert_eq!(rows("state").iter().map(|row| &row[28..]).collect::<Vec<_>>(), ["|idle", "|it's \"on\"", "|ü", "|"]);
+    let pressures = [("0.000000", "100000.25|"), ("1.000007", "100000.5|"), ("2.000007", "100000.75|"), ("2.999998", "100001.0|")];
+    assert_eq!(rows("pressure"), pressures.map(|(time, value)| even(time, value)));
+    assert_eq!(rows("noise").iter().map(|row| &row[28..]).collect::<Vec<_>>(), ["0.3|", "1.0e-09|", "2.5|", "1.0e+300|"]);
+    assert_eq!(rows("note").iter().map(|row| &row[28..]).collect::<Vec<_>>(), ["|a", "|b", "|c", "|d"]);
+
+    let examples = examples("sql sqlite");
+    assert!(examples.len() >= 3, "docs/SQL.md has examples");
+    for example in examples {
+        let answer = sqlite3(gateway.data_dir(), &example).expect("sqlite3 runs");
+        assert!(!answer.trim().is_empty(), "finds something: {example}");
+    }
+    gateway.stop().await;
+}
