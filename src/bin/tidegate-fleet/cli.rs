@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::{null_sink::NullSink, recording::TimeFormat};
+use crate::{bench::Bench, null_sink::NullSink, recording::TimeFormat};
 use clap::{Args, Parser, Subcommand};
 use jiff::SignedDuration;
 use std::{path::PathBuf, time::Duration};
@@ -24,6 +24,8 @@ pub enum Command {
     Simulate(Simulate),
     /// Sends a recording, a CSV file, as a device.
     Replay(Replay),
+    /// Measures the gateway that is built beside this program.
+    Bench(Box<Bench>),
     /// Runs a server that checks and acknowledges batches as a gateway does, and throws them away.
     #[command(hide = true)]
     NullSink(NullSink),
@@ -131,7 +133,8 @@ pub enum Speed {
     Factor(f64),
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
+/// Reads a duration.
+pub fn duration(text: &str) -> Result<Duration, String> {
     const MAX: Duration = Duration::from_secs(365 * 24 * 3600);
     let parsed: SignedDuration = text.parse().map_err(|error: jiff::Error| format!("{error}; write it like 60s or \"1h 30m\""))?;
     match Duration::try_from(parsed) {

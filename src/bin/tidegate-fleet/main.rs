@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line program's output")]
 
 mod batches;
+mod bench;
 mod cli;
 mod follow;
 mod gateway;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         match cli.command {
             cli::Command::Simulate(arguments) => simulate::run(arguments).await,
             cli::Command::Replay(arguments) => replay::run(arguments).await,
+            cli::Command::Bench(arguments) => bench::run(*arguments).await,
             cli::Command::NullSink(arguments) => null_sink::run(arguments).await,
         }
     });

@@ -1,0 +1,195 @@
+//! The command line of the benchmarks.
+
+use super::server::{Kind, Setup};
+use crate::{Usage, cli::duration};
+use clap::{Args, Subcommand, ValueEnum};
+use serde::Serialize;
+use std::{path::PathBuf, time::Duration};
+
+/// Without a mode: throughput for sizes of batches and numbers of connections.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct Bench {
+    #[command(subcommand)]
+    pub mode: Option<Mode>,
+    #[command(flatten)]
+    pub matrix: Matrix,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Mode {
+    /// How long acknowledgements take at half of the highest rate, beside the disk's own sync.
+    Latency(Latency),
+    /// Whether the rate of the last tenth of a long run is that of the first.
+    Soak(Soak),
+    /// A fixed rate for a while, and what memory it takes.
+    Paced(Paced),
+    /// One day of one sensor out of many, beside a plain SQLite table.
+    Query(Query),
+}
+
+/// What all modes have.
+#[derive(Debug, Clone, Args)]
+pub struct Common {
+    /// Where the servers keep their data, each in a directory of its own that is removed afterwards. Default: where temporary files go.
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// The database of the gateways on PostgreSQL: one made for this, as what is stored in it stays.
+    #[arg(long, value_name = "URL")]
+    pub postgres_url: Option<String>,
+    /// Start the gateway under this command, such as a profiler.
+    #[arg(long, value_delimiter = ' ', value_name = "COMMAND")]
+    pub under: Vec<String>,
+    /// Print the result as one JSON object on standard output.
+    #[arg(long)]
+    pub json: bool,
+    /// Write the result into this directory's PERFORMANCE.md, between the markers of its section, and performance.svg.
+    #[arg(long, value_name = "DIR")]
+    pub write_docs: Option<PathBuf>,
+}
+
+impl Common {
+    /// The gateway, with its default settings.
+    pub fn gateway(&self, store: Store) -> anyhow::Result<Setup> {
+        let flags = match store {
+            Store::Sqlite => Vec::new(),
+            Store::Postgres => {
+                let url = self.postgres_url.as_ref().ok_or_else(|| Usage("--store postgres needs --postgres-url".to_owned()))?;
+                vec![format!("--storage-url={url}")]
+            }
+        };
+        Ok(Setup { flags, under: self.under.clone(), ..Setup::of(Kind::Gateway) })
+    }
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct Matrix {
+    /// Readings in a batch.
+    #[arg(long, value_delimiter = ',', default_value = "1,10,100,1000", value_parser = clap::value_parser!(u32).range(1..=100_000), value_name = "N,…")]
+    pub batch: Vec<u32>,
+    /// Connections that the devices share.
+    #[arg(long, value_delimiter = ',', default_value = "1,100,1000", value_parser = clap::value_parser!(u32).range(1..=10_000), value_name = "N,…")]
+    pub connections: Vec<u32>,
+    /// Devices, each with a call of its own.
+    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=10_000), value_name = "N")]
+    pub devices: u32,
+    /// How often each of the two servers has its turn.
+    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=1_000), value_name = "N")]
+    pub slices: u32,
+    /// For how long.
+    #[arg(long, default_value = "2s", value_parser = duration, value_name = "DURATION")]
+    pub slice_duration: Duration,
+    /// Where the gateway stores.
+    #[arg(long, value_enum, default_value = "sqlite", value_name = "STORE")]
+    pub store: Stores,
+    /// Compare the gateway on a disk whose sync takes so much longer with the gateway without that delay.
+    #[arg(long, value_parser = duration, value_name = "DURATION")]
+    pub slow_sync: Option<Duration>,
+}
+
+/// Which databases are measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Stores {
+    Sqlite,
+    Postgres,
+    Both,
+}
+
+impl Stores {
+    /// One after the other.
+    pub fn each(self) -> Vec<Store> {
+        match self {
+            Self::Sqlite => vec![Store::Sqlite],
+            Self::Postgres => vec![Store::Postgres],
+            Self::Both => vec![Store::Sqlite, Store::Postgres],
+        }
+    }
+}
+
+/// A database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Store {
+    Sqlite,
+    Postgres,
+}
+
+impl Store {
+    /// As it is written in text.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sqlite => "SQLite",
+            Self::Postgres => "PostgreSQL",
+        }
+    }
+}
+
+/// The devices of a mode that measures one combination.
+#[derive(Debug, Clone, Args)]
+pub struct Fleet {
+    /// Readings in a batch.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000), value_name = "N")]
+    pub batch: u32,
+    /// Connections that the devices share.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000), value_name = "N")]
+    pub connections: u32,
+    /// Devices, each with a call of its own.
+    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=10_000), value_name = "N")]
+    pub devices: u32,
+    /// Where the gateway stores.
+    #[arg(long, value_enum, default_value = "sqlite", value_name = "STORE")]
+    pub store: Store,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct Latency {
+    #[command(flatten)]
+    pub fleet: Fleet,
+    /// For how long each of the two rates is measured.
+    #[arg(long, default_value = "20s", value_parser = duration, value_name = "DURATION")]
+    pub duration: Duration,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct Soak {
+    /// How many readings in all.
+    #[arg(default_value_t = 200_000_000, value_parser = clap::value_parser!(u64).range(1_000_000..), value_name = "READINGS")]
+    pub readings: u64,
+    #[command(flatten)]
+    pub fleet: Fleet,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct Paced {
+    /// Readings per second.
+    #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..), value_name = "R")]
+    pub rate: u64,
+    /// For how long.
+    #[arg(long, default_value = "10m", value_parser = duration, value_name = "DURATION")]
+    pub duration: Duration,
+    #[command(flatten)]
+    pub fleet: Fleet,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct Query {
+    /// How many readings are stored.
+    #[arg(long, default_value_t = 100_000_000, value_parser = clap::value_parser!(u64).range(1_000_000..), value_name = "N")]
+    pub readings: u64,
+    /// How many readings the plain table holds, of as many sensors as make that many; they are put in in the order of its key, its best case.
+    #[arg(long, default_value_t = 20_000_000, value_parser = clap::value_parser!(u64).range(100_000..), value_name = "N")]
+    pub table_readings: u64,
+    /// How often each of the two answers.
+    #[arg(long, default_value_t = 51, value_parser = clap::value_parser!(u32).range(1..=10_000), value_name = "N")]
+    pub repeats: u32,
+    #[command(flatten)]
+    pub common: Common,
+}

@@ -1,0 +1,68 @@
+//! Benchmarks of the gateway, which runs as a process of its own beside what it is compared with.
+//!
+//! Both servers are up all the time and get the same load in turn, a short slice each; the one whose turn it is not is stopped
+//! (SIGSTOP), so that work it has put off is paid for in its own slices. Only acknowledged readings count.
+
+mod arguments;
+mod call;
+mod latency;
+mod link;
+mod matrix;
+mod pool;
+mod process;
+mod query;
+mod report;
+mod server;
+mod slow_sync;
+mod soak;
+mod svg;
+mod upload;
+
+pub use arguments::Bench;
+
+use crate::Verdict;
+use arguments::{Common, Mode};
+use serde::Serialize;
+
+pub async fn run(arguments: Bench) -> anyhow::Result<Verdict> {
+    let Bench { mode, matrix, common } = arguments;
+    match mode {
+        None => {
+            let report = matrix::run(&matrix, &common).await?;
+            let section = if matrix.slow_sync.is_some() { "slow-sync" } else { "throughput" };
+            publish(&common, section, &report, &report.to_markdown())?;
+            if let (Some(directory), None) = (&common.write_docs, matrix.slow_sync) {
+                std::fs::write(directory.join("performance.svg"), svg::draw(&report.cells))?;
+            }
+        }
+        Some(Mode::Latency(arguments)) => {
+            let outcome = latency::run(&arguments).await?;
+            publish(&arguments.common, "latency", &outcome, &outcome.to_markdown())?;
+        }
+        Some(Mode::Soak(arguments)) => {
+            let outcome = soak::soak(&arguments).await?;
+            publish(&arguments.common, "soak", &outcome, &outcome.to_markdown("as fast as it goes"))?;
+        }
+        Some(Mode::Paced(arguments)) => {
+            let outcome = soak::paced(&arguments).await?;
+            publish(&arguments.common, "paced", &outcome, &outcome.to_markdown("at a fixed rate"))?;
+        }
+        Some(Mode::Query(arguments)) => {
+            let outcome = query::run(&arguments).await?;
+            publish(&arguments.common, "query", &outcome, &outcome.to_markdown())?;
+        }
+    }
+    Ok(Verdict::Good)
+}
+
+/// Prints a result, and writes it into the documentation when asked to.
+fn publish(common: &Common, section: &str, result: &impl Serialize, markdown: &str) -> anyhow::Result<()> {
+    match common.json {
+        true => println!("{}", serde_json::to_string(result)?),
+        false => println!("\n{markdown}"),
+    }
+    match &common.write_docs {
+        Some(directory) => report::write_section(directory, section, markdown),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,33 @@
+//! The benchmarks run and their results are what they say; how fast it is is not a matter of tests.
+
+use crate::support::script::{Script, fleet};
+
+async fn bench(arguments: &[&str]) -> serde_json::Value {
+    let mut bench = fleet();
+    bench.arg("bench").args(arguments).args(["--json"]);
+    serde_json::from_str(&Script::start(bench).succeeds().await).expect("one JSON object")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_servers_of_a_throughput_run_acknowledge() {
+    let report = bench(&["--batch=1,100", "--connections=2", "--devices=4", "--slices=2", "--slice-duration=100ms"]).await;
+    let cells = report["cells"].as_array().expect("a list");
+    assert_eq!(cells.len(), 2);
+    for cell in cells {
+        assert!(cell["ratio"].as_f64() > Some(0.0), "{cell}");
+        for server in ["gateway", "reference"] {
+            assert!(cell[server]["rate"].as_f64() > Some(0.0), "{cell}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_acknowledgement_of_a_link_is_timed() {
+    let outcome = bench(&["latency", "--batch=10", "--connections=2", "--devices=4", "--duration=1s"]).await;
+    assert!(outcome["acknowledgement"]["samples"].as_u64() > Some(0), "{outcome}");
+    assert!(outcome["disk_sync"]["p99_us"].as_u64() > Some(0), "{outcome}");
+
+    let outcome = bench(&["paced", "--rate=1000", "--batch=10", "--connections=2", "--devices=4", "--duration=1s"]).await;
+    let readings = outcome["readings"].as_u64().expect("a number");
+    assert!((500..=1_000).contains(&readings), "as many as the rate says, and all of them acknowledged: {outcome}");
+}
