@@ -4,9 +4,9 @@
 use crate::support::{
     client::{SECOND, T0, TestDevice, temperatures},
     disk::{FaultyDisk, SmallDisk},
-    eventually, health_is, http_get,
+    health_is, http_get,
     load::{Load, log},
-    metric,
+    metric, not_ready,
     process::GatewayProcess,
     random::seeded,
     soon,
@@ -17,12 +17,8 @@ use std::net::SocketAddr;
 use tidegate::error::StatusFacts;
 use tonic::Code;
 
-/// Waits until readiness says no, and why.
-async fn not_ready(gateway: &GatewayProcess, why: &str) {
-    let said = format!("store: not ready: {why}");
-    let ready = || async { http_get(gateway.http, "/readyz").await.filter(|(code, text)| *code == 503 && text.contains(&said)) };
-    eventually("readiness says why", ready).await;
-}
+/// So that some faults come while the log is merged.
+const MERGES_OFTEN: &str = "--history-unmerged-bytes-max=1";
 
 /// Everybody is told, as long as the disk fails.
 async fn is_told(gateway: &GatewayProcess, why: &str) {
@@ -36,7 +32,7 @@ async fn is_told(gateway: &GatewayProcess, why: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_that_fails_stops_acknowledgements_until_it_is_well() {
     let disk = FaultyDisk::new();
-    let gateway = disk.start(&[]).await;
+    let gateway = disk.start(&[MERGES_OFTEN]).await;
     let load = Load::start(&gateway.channel(), 5);
     for (fault, why) in [
         ("fsync EIO", "the database's disk fails"),
@@ -63,13 +59,13 @@ async fn a_disk_that_fails_stops_acknowledgements_until_it_is_well() {
 async fn what_was_acknowledged_outlives_a_power_cut_that_tears_the_wal() {
     let mut random = seeded("power cuts");
     let disk = FaultyDisk::new();
-    let mut gateway = disk.start(&[]).await;
+    let mut gateway = disk.start(&[MERGES_OFTEN]).await;
     let load = Load::start(&gateway.channel(), 5);
     for _ in 0..5 {
         load.runs_on(random.random_range(100..600)).await;
         gateway.kill();
         disk.cut_power(&mut random);
-        gateway = disk.start(&[]).await;
+        gateway = disk.start(&[MERGES_OFTEN]).await;
         load.moves_to(&gateway.channel()).await;
     }
     load.ends_well().await;
@@ -79,7 +75,7 @@ async fn what_was_acknowledged_outlives_a_power_cut_that_tears_the_wal() {
 async fn power_that_is_cut_after_a_failed_sync_takes_nothing_that_was_acknowledged() {
     let mut random = seeded("power cuts after failed syncs");
     let disk = FaultyDisk::new();
-    let mut gateway = disk.start(&[]).await;
+    let mut gateway = disk.start(&[MERGES_OFTEN]).await;
     let load = Load::start(&gateway.channel(), 5);
     for _ in 0..2 {
         load.runs_on(random.random_range(20..100)).await;
@@ -89,7 +85,7 @@ async fn power_that_is_cut_after_a_failed_sync_takes_nothing_that_was_acknowledg
         load.runs_on(random.random_range(20..100)).await;
         gateway.kill();
         disk.cut_power(&mut random);
-        gateway = disk.start(&[]).await;
+        gateway = disk.start(&[MERGES_OFTEN]).await;
         load.moves_to(&gateway.channel()).await;
     }
     load.ends_well().await;
@@ -174,9 +170,7 @@ async fn memory_is_bounded_while_the_disk_stalls_and_all_goes_on_when_it_does() 
     // What waits, one batch a call that waits for room, and those that were there before.
     let admitted = PENDING_BYTES_MAX / large_batch(1).len();
     assert!(read <= admitted as f64 + 2.0 * DEVICES as f64, "{read} batches were read, {admitted} may wait");
-    let (_, text) =
-        eventually("readiness says so", || async { http_get(gateway.http, "/readyz").await.filter(|(code, _)| *code == 503) }).await;
-    assert!(text.contains("store: not ready: a commit"), "{text}");
+    not_ready(&gateway, "a commit has taken more than").await;
     disk.heal();
     health_is(&gateway, true).await;
     for upload in uploads {
@@ -191,7 +185,7 @@ async fn memory_is_bounded_while_the_disk_stalls_and_all_goes_on_when_it_does() 
 async fn a_backlog_does_not_hold_up_another_device() {
     const BACKLOG: u64 = 3_000;
     let disk = FaultyDisk::new();
-    let gateway = disk.start(&[]).await;
+    let gateway = disk.start(&[MERGES_OFTEN]).await;
     let (busy, other) = (TestDevice::new(&gateway.channel(), "busy"), TestDevice::new(&gateway.channel(), "other"));
     other.upload_nth(1..=1).await.expect("accepted");
     busy.upload_nth(1..=1).await.expect("accepted");

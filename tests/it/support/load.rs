@@ -8,39 +8,48 @@ use bytes::Bytes;
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
 use tidegate::pb::{self, follow_request::Start, follow_response::Message};
 use tokio::{sync::watch, task::JoinHandle};
-use tonic::transport::Channel;
+use tonic::{Status, transport::Channel};
 
 const BATCHES_PER_CALL: u64 = 3;
 
 /// See the [module](self).
 pub struct Load {
-    channel: watch::Sender<Option<Channel>>,
+    // The first is the one that moves.
+    channels: Vec<watch::Sender<Option<Channel>>>,
     senders: Vec<Sender>,
 }
 
 struct Sender {
     device: TestDevice,
     acknowledged: Arc<AtomicU64>,
-    task: JoinHandle<()>,
+    tasks: Vec<JoinHandle<()>>,
 }
 
 impl Load {
     /// So many devices begin to send.
     pub fn start(channel: &Channel, devices: usize) -> Self {
-        let (sender, receiver) = watch::channel(Some(channel.clone()));
         let senders = (1..=devices).map(|number| {
             let device = TestDevice::new(channel, &format!("load-{number}"));
-            let acknowledged = Arc::new(AtomicU64::new(0));
-            let task = tokio::spawn(send(device.clone(), acknowledged.clone(), receiver.clone()));
-            Sender { device, acknowledged, task }
+            Sender { device, acknowledged: Arc::default(), tasks: vec![] }
         });
-        Self { senders: senders.collect(), channel: sender }
+        let mut load = Self { channels: vec![], senders: senders.collect() };
+        load.also_through(channel);
+        load
+    }
+
+    /// From now on the devices hand each batch to this gateway, too, at the same time.
+    pub fn also_through(&mut self, channel: &Channel) {
+        let (sender, receiver) = watch::channel(Some(channel.clone()));
+        for Sender { device, acknowledged, tasks } in &mut self.senders {
+            tasks.push(tokio::spawn(send(device.clone(), acknowledged.clone(), receiver.clone())));
+        }
+        self.channels.push(sender);
     }
 
     /// How many batches are acknowledged.
@@ -61,15 +70,18 @@ impl Load {
             let position = sender.device.on(channel).position().await;
             assert!(position >= acknowledged, "{}: {acknowledged} was acknowledged, and {position} is there", sender.device.id);
         }
-        self.channel.send_replace(Some(channel.clone()));
+        self.channels[0].send_replace(Some(channel.clone()));
     }
 
     /// Ends the sending, and compares what the gateway has with what was acknowledged: all of it, once, and nothing more.
     pub async fn ends_well(self) {
-        let Some(channel) = self.channel.send_replace(None) else { return };
+        let mut channels: Vec<Channel> = self.channels.iter().filter_map(|channel| channel.send_replace(None)).collect();
+        let channel = channels.swap_remove(0);
         let mut expected = BTreeMap::new();
-        for Sender { device, acknowledged, task } in self.senders {
-            soon("a device ends", task).await.expect("no panic");
+        for Sender { device, acknowledged, tasks } in self.senders {
+            for task in tasks {
+                soon("a device ends", task).await.expect("no panic");
+            }
             let device = device.on(&channel);
             // The answer to the last call may have been lost.
             let (acknowledged, stored) = (acknowledged.load(Relaxed), device.position().await);
@@ -94,14 +106,65 @@ async fn send(device: TestDevice, acknowledged: Arc<AtomicU64>, mut channel: wat
         let next = acknowledged.load(Relaxed) + 1;
         // Each call ends with the gateway, at the latest with what stalls it.
         match soon("an answer", device.upload_nth(next..next + BATCHES_PER_CALL)).await {
-            Ok(response) => acknowledged.store(response.last_durable_sequence, Relaxed),
+            Ok(response) => drop(acknowledged.fetch_max(response.last_durable_sequence, Relaxed)),
             Err(_) => tokio::task::yield_now().await,
         }
     }
 }
 
+/// A batch as a follower sees it: whose, and its bytes.
+pub type Seen = (String, Bytes);
+
+/// A follower from the beginning, which goes on by its token whenever the gateway was away.
+pub struct Witness {
+    seen: Arc<Mutex<Vec<Seen>>>,
+    task: JoinHandle<()>,
+}
+
+impl Witness {
+    pub fn start(channel: Channel) -> Self {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let sees = seen.clone();
+        let task = tokio::spawn(async move {
+            let mut start = Start::Beginning(true);
+            loop {
+                // However it ends: on from the last token.
+                let _ = follow(&channel, &mut start, |batch| sees.lock().expect("no panic under the lock").push(batch)).await;
+                tokio::task::yield_now().await;
+            }
+        });
+        Self { seen, task }
+    }
+
+    /// It saw each batch of the log once, in its order.
+    pub async fn saw(&self, log: &[Seen]) {
+        let seen = || self.seen.lock().expect("no panic under the lock");
+        eventually("the follower is at the end", || async { (seen().len() >= log.len()).then_some(()) }).await;
+        assert!(*seen() == log, "the follower saw each batch once, in the order of the log");
+    }
+}
+
+impl Drop for Witness {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Takes what follows `start`, and moves `start` on, until the stream ends.
+async fn follow(channel: &Channel, start: &mut Start, mut take: impl FnMut(Seen)) -> Result<(), Status> {
+    let request = pb::FollowRequest { start: Some(start.clone()), ..Default::default() };
+    let mut stream = live(channel).follow(request).await?.into_inner();
+    while let Some(response) = stream.message().await? {
+        if let Some(Message::Readings(readings)) = response.message {
+            take((readings.device, readings.batch));
+        }
+        *start = Start::ResumeToken(response.resume_token);
+    }
+    Ok(())
+}
+
 /// All batches of the log, each with its device.
-pub async fn log(channel: &Channel) -> Vec<(String, Bytes)> {
+pub async fn log(channel: &Channel) -> Vec<Seen> {
     let request = pb::FollowRequest { start: Some(Start::Beginning(true)), ..Default::default() };
     let mut stream = live(channel).follow(request).await.expect("the call begins").into_inner();
     let mut found = Vec::new();

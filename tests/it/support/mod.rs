@@ -146,6 +146,13 @@ pub async fn health_is(gateway: &process::GatewayProcess, serving: bool) {
     eventually("health says so", check).await;
 }
 
+/// Waits until readiness says no, and why.
+pub async fn not_ready(gateway: &process::GatewayProcess, why: &str) {
+    let said = format!("store: not ready: {why}");
+    let ready = || async { http_get(gateway.http, "/readyz").await.filter(|(code, text)| *code == 503 && text.contains(&said)) };
+    eventually("readiness says why", ready).await;
+}
+
 /// A plain HTTP/1.1 GET: status and body. `None` when nobody answers.
 pub async fn http_get(address: SocketAddr, path: &str) -> Option<(u16, String)> {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
