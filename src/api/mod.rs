@@ -5,6 +5,7 @@ mod desk;
 mod device;
 mod device_link;
 pub(crate) mod driven;
+mod export;
 mod live;
 mod parse;
 mod reading;

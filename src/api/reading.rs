@@ -1,10 +1,10 @@
 //! `ReadingService`: what is stored, read back.
 
-use super::{ResponseStream, parse};
+use super::{ResponseStream, export::export, parse};
 use crate::{
     error::{Error, Violations},
     fleet::Registry,
-    history::{Answer, Bucket, Piece, Query, Reader, Series},
+    history::{Answer, Bucket, Exporter, Piece, Query, Reader, Series},
     model::{
         DeviceId, Timestamp, ValueKind,
         columns::{Values, deltas_from_times},
@@ -14,6 +14,7 @@ use crate::{
 };
 use futures_util::{StreamExt, stream};
 use std::{collections::VecDeque, time::Duration};
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 /// How many readings or spans one message holds at the most.
@@ -26,6 +27,10 @@ pub struct ReadingApi {
     pub registry: Registry,
     /// Who answers.
     pub reader: Reader,
+    /// Who exports.
+    pub exporter: Exporter,
+    /// Cancelled when the gateway is being stopped.
+    pub drain: CancellationToken,
 }
 
 #[tonic::async_trait]
@@ -39,6 +44,12 @@ impl ReadingService for ReadingApi {
         // Read and encoded piece by piece, as the client takes them.
         let messages = stream::try_unfold(Some((answer, VecDeque::new())), next_message);
         Ok(Response::new(messages.boxed()))
+    }
+
+    type ExportReadingsStream = ResponseStream<pb::ExportReadingsResponse>;
+
+    async fn export_readings(&self, request: Request<pb::ExportReadingsRequest>) -> Result<Response<Self::ExportReadingsStream>, Status> {
+        Ok(Response::new(export(self, request.into_inner()).await?))
     }
 }
 
@@ -77,7 +88,7 @@ fn parse(request: pb::QueryReadingsRequest) -> Result<(DeviceId, Query), Error> 
     Ok((device.ok_or(Error::Internal)?, query))
 }
 
-fn reading_messages(sensor: &SensorRow, readings: &Series) -> VecDeque<Message> {
+pub(super) fn reading_messages(sensor: &SensorRow, readings: &Series) -> VecDeque<Message> {
     let mut messages = VecDeque::new();
     let mut begin = 0;
     while begin < readings.len() {

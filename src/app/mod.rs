@@ -8,7 +8,7 @@ use crate::{
     api::{ConfigApi, DeviceApi, DeviceLinkApi, LiveApi, ReadingApi, TelemetryApi},
     config::Config,
     fleet::{Configs, Registry, reconciler},
-    history::{Reader, Upkeep},
+    history::{Exporter, Reader, Upkeep},
     http::HttpServer,
     ingest::{
         Ingest,
@@ -272,9 +272,10 @@ impl Services<'_> {
             purge: purge.clone(),
             sensors_max: config.devices.sensors_max,
         };
-        let config_api = ConfigApi { registry: registry.clone(), configs: configs.clone(), store: store.clone(), drain };
-        let reader = Reader::new(store, &config.query);
-        let reading = ReadingApi { registry: registry.clone(), reader };
+        let config_api = ConfigApi { registry: registry.clone(), configs: configs.clone(), store: store.clone(), drain: drain.clone() };
+        let reader = Reader::new(store.clone(), &config.query);
+        let exporter = Exporter::new(store, registry.clone(), reader.clone(), config.export.concurrent_max);
+        let reading = ReadingApi { registry: registry.clone(), reader, exporter, drain };
 
         macro_rules! service {
             ($module:ident, $server:ident, $api:expr) => {

@@ -4,14 +4,17 @@
 //! itself goes to standard error. Exit codes: 0 done, 1 failed, 2 wrong usage.
 #![allow(clippy::print_stderr, reason = "standard error is where a command talks to its user")]
 
+mod backup;
 mod client;
 mod configure;
 mod device;
+mod export;
 mod failure;
 mod follow;
 mod health;
 mod parse;
 mod print;
+mod progress;
 mod query;
 mod retry;
 mod set;
@@ -58,6 +61,10 @@ enum Command {
     Follow(follow::FollowArgs),
     /// Read stored readings.
     Query(query::QueryArgs),
+    /// Write the stored readings of many devices to a file: CSV or Parquet.
+    Export(export::ExportArgs),
+    /// Copy the embedded database, also while the gateway runs.
+    Backup(backup::BackupArgs),
     /// Ask the gateway whether it serves: exit code 0 when it does. For container health checks.
     Health(health::HealthArgs),
 }
@@ -109,6 +116,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Device(command) => block_on(device::run(command, out))?,
         Command::Follow(args) => block_on(follow::run(args, out))?,
         Command::Query(args) => block_on(query::run(args, out))?,
+        Command::Export(args) => block_on(export::run(args, out))?,
+        Command::Backup(args) => block_on(backup::run(args, out))?,
         Command::Health(args) => block_on(health::run(args))?,
     }
     out.flush()?;

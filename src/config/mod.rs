@@ -29,6 +29,7 @@ pub struct Config {
     pub live: Live,
     pub history: History,
     pub query: Query,
+    pub export: Export,
     pub shutdown: Shutdown,
     pub log: Log,
 }
@@ -125,6 +126,12 @@ pub struct Query {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "SETTINGS documents each")]
+pub struct Export {
+    pub concurrent_max: usize,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "SETTINGS documents each")]
 pub struct Shutdown {
     #[serde(with = "duration")]
     pub notice: Duration,
@@ -186,6 +193,7 @@ impl Default for Config {
                 retention_bytes_max: 0,
             },
             query: Query { readings_max: 5_000_000, bytes_max: 256 * MIB, concurrent_max: 8 },
+            export: Export { concurrent_max: 2 },
             shutdown: Shutdown { notice: Duration::ZERO, grace: Duration::from_secs(25) },
             log: Log { filter: "info".into(), format: "text".into() },
         }

@@ -276,6 +276,11 @@ pub static SETTINGS: &[Setting] = &[
         "How many queries are worked on at once, each until the client has taken its answer; further ones wait for 10 s, and are then refused with OVERLOADED.",
     ),
     setting(
+        "export.concurrent_max",
+        Allowed::Count(1..=1_000),
+        "How many exports may be under way at once; a further one is refused with OVERLOADED. Each has one query at a time: fewer than query.concurrent_max leave some for others.",
+    ),
+    setting(
         "shutdown.notice",
         Allowed::Duration(Duration::ZERO..=Duration::from_secs(3600)),
         "How long the gateway still takes new calls after it said NOT_SERVING, so that load balancers look elsewhere first.",

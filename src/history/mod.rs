@@ -2,6 +2,7 @@
 
 mod buckets;
 pub mod chunk;
+pub mod export;
 mod gather;
 mod json;
 mod merger;
@@ -12,6 +13,7 @@ mod series;
 mod upkeep;
 
 pub use buckets::Bucket;
+pub use export::{Export, Exporter, Part, Place, Selection, Span, Standing};
 pub use query::{Answer, Piece, Query, Reader};
 pub use series::Series;
 pub use upkeep::Upkeep;

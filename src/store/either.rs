@@ -10,6 +10,7 @@ use crate::{
     history::chunk::Chunk,
     model::{DeviceId, Labels, Position, StreamId, Timestamp},
 };
+use std::collections::HashMap;
 
 /// The store that the gateway runs on. Cheap to clone.
 #[derive(Clone)]
@@ -122,6 +123,9 @@ impl Store {
 
         /// Gives some of what deleting left free back to the file system, but `keep_bytes` of it; whether there is more to give.
         async fn release_space(&self, keep_bytes: u64) -> Result<bool, StoreError>;
+
+        /// How many readings were ever stored of each of some devices; those of which none was are left out.
+        async fn stored_readings(&self, devices: &[DeviceKey]) -> Result<HashMap<DeviceKey, u64>, StoreError>;
 
         /// The account of a device: the sums over all of its streams, and those that were last heard of, the last first.
         async fn ledger(&self, device: DeviceKey) -> Result<LedgerRow, StoreError>;

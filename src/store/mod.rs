@@ -7,6 +7,7 @@ mod either;
 mod sqlite;
 
 pub use either::{Store, WriteTx};
+pub use sqlite::backup;
 
 use crate::history::chunk::Chunk;
 use crate::model::{BatchReject, BatchSummary, DeviceId, Labels, Position, StreamId, Timestamp, ValueKind};

@@ -5,12 +5,14 @@
 
 mod support;
 
+mod backup;
 mod bench;
 mod cli;
 mod configure;
 mod devices;
 #[cfg(target_os = "linux")]
 mod disk_failure;
+mod export;
 mod fleet;
 mod follow;
 mod formats;

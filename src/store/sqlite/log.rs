@@ -8,6 +8,7 @@ use crate::{
 use bytes::Bytes;
 use futures_util::{Stream, TryStreamExt};
 use sqlx::{AssertSqlSafe, Row, sqlite::SqliteRow};
+use std::collections::HashMap;
 
 /// How many streams a ledger shows.
 const LEDGER_STREAMS_MAX: usize = 100;
@@ -194,6 +195,16 @@ impl SqliteStore {
             Ok(LogSize { position, receive_time, bytes: count_column(row, "bytes")? as usize })
         };
         rows.iter().map(size).collect()
+    }
+
+    pub async fn stored_readings(&self, devices: &[DeviceKey]) -> Result<HashMap<DeviceKey, u64>, StoreError> {
+        let places = vec!["?"; devices.len()].join(", ");
+        let sql = format!(
+            "SELECT device_id, sum(stored_readings) AS readings FROM streams WHERE device_id IN ({places}) GROUP BY device_id HAVING sum(stored_readings) > 0"
+        );
+        let query = devices.iter().fold(sqlx::query(AssertSqlSafe(sql)), |query, device| query.bind(device.0));
+        let rows = query.fetch_all(self.readers()).await?;
+        rows.iter().map(|row| Ok((key_column(row)?, count_column(row, "readings")?))).collect()
     }
 
     pub async fn ledger(&self, device: DeviceKey) -> Result<LedgerRow, StoreError> {

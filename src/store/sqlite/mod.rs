@@ -1,5 +1,6 @@
 //! The embedded store: one SQLite file in WAL mode, one connection that writes, some that read.
 
+pub mod backup;
 mod chunks;
 mod config;
 mod devices;

@@ -106,7 +106,7 @@ pub fn skipped(why: &str) {
 /// A Python with gRPC, for the scripts in `tests/python`; `None` where there is none, which in CI is a failure.
 pub fn python(script: &str) -> Option<Command> {
     let interpreter = std::env::var("TIDEGATE_TEST_PYTHON").unwrap_or_else(|_| "python3".into());
-    let needed = "import grpc, grpc_tools, grpc_health.v1, grpc_status, grpc_reflection";
+    let needed = "import grpc, grpc_tools, grpc_health.v1, grpc_status, grpc_reflection, pyarrow.parquet";
     let found = Command::new(&interpreter).args(["-c", needed]).stdout(Stdio::null()).stderr(Stdio::null()).status();
     if !found.is_ok_and(|status| status.success()) {
         let why = format!(

@@ -1,0 +1,136 @@
+//! Readings as rows of a file.
+
+mod parquet;
+
+use self::parquet::RowGroups;
+use super::Failure;
+use crate::{
+    cli::print,
+    model::columns::{Values, times_from_deltas},
+    pb,
+};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// How many readings are written until they are made durable; with Parquet, how many are in one row group.
+pub const CHECKPOINT_READINGS: u64 = 250_000;
+
+/// The form of the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub enum Format {
+    /// RFC 4180, with a line of names.
+    Csv,
+    /// Apache Parquet, compressed with Snappy.
+    Parquet,
+}
+
+impl Format {
+    /// What a file's ending says.
+    pub fn of(file: &Path) -> Self {
+        match file.extension() {
+            Some(ending) if ending.eq_ignore_ascii_case("parquet") => Self::Parquet,
+            _ => Self::Csv,
+        }
+    }
+}
+
+/// Readings of one sensor.
+#[derive(Debug)]
+pub struct Rows {
+    pub device: String,
+    pub sensor: String,
+    pub unit: String,
+    pub times: Vec<i64>,
+    pub values: Values,
+}
+
+impl Rows {
+    pub fn from_wire(readings: pb::ExportedReadings) -> Result<Self, Failure> {
+        let pb::ExportedReadings { device, column } = readings;
+        let pb::ReadingColumn { sensor, unit, base_time_us, time_deltas_us, values } = column.unwrap_or_default();
+        let times = times_from_deltas(base_time_us, &time_deltas_us).unwrap_or_default();
+        match values.map(Values::from).filter(|values| values.len() == times.len()) {
+            Some(values) => Ok(Self { device, sensor, unit, times, values }),
+            None => Err(Failure::Failed(format!("the gateway sent a column of {device} {sensor:?} with more times than values"))),
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.times.len()
+    }
+}
+
+/// What turns rows into the bytes of a file.
+pub enum Encoder {
+    /// Each row at once.
+    Csv,
+    /// Many rows at a time.
+    Parquet(Box<RowGroups>),
+}
+
+impl Encoder {
+    pub fn new(format: Format) -> Self {
+        match format {
+            Format::Csv => Self::Csv,
+            Format::Parquet => Self::Parquet(Box::default()),
+        }
+    }
+
+    /// As it was when it was [saved](Self::save).
+    pub fn restore(format: Format, saved: &[u8]) -> Result<Self, Failure> {
+        match format {
+            Format::Csv => Ok(Self::Csv),
+            Format::Parquet => Ok(Self::Parquet(Box::new(RowGroups::restore(saved)?))),
+        }
+    }
+
+    /// What it has to remember of what it has flushed.
+    pub fn save(&self) -> Result<Vec<u8>, Failure> {
+        match self {
+            Self::Csv => Ok(Vec::new()),
+            Self::Parquet(groups) => groups.footer(),
+        }
+    }
+
+    /// What a file begins with.
+    pub fn head(&self) -> &'static [u8] {
+        match self {
+            Self::Csv => b"time,device,sensor,unit,value\n",
+            Self::Parquet(_) => parquet::MAGIC,
+        }
+    }
+
+    /// Takes rows; returns what is to be written of them now.
+    pub fn take(&mut self, rows: &Rows) -> Result<Vec<u8>, Failure> {
+        match self {
+            Self::Csv => csv_lines(rows),
+            Self::Parquet(groups) => {
+                groups.take(rows);
+                Ok(Vec::new())
+            }
+        }
+    }
+
+    /// What is still to be written of the rows that were taken, at this place of the file.
+    pub fn flush(&mut self, at: u64) -> Result<Vec<u8>, Failure> {
+        match self {
+            Self::Csv => Ok(Vec::new()),
+            Self::Parquet(groups) => groups.flush(at),
+        }
+    }
+
+    /// What a file ends with.
+    pub fn tail(&self) -> Result<Vec<u8>, Failure> {
+        self.save()
+    }
+}
+
+fn csv_lines(rows: &Rows) -> Result<Vec<u8>, Failure> {
+    let mut lines = csv::Writer::from_writer(Vec::new());
+    for (row, &time) in rows.times.iter().enumerate() {
+        let value = rows.values.get(row).expect("as many values as times");
+        lines.write_record([&print::time(time), &rows.device, &rows.sensor, &rows.unit, &print::value(&value)])?;
+    }
+    Ok(lines.into_inner().map_err(|error| error.into_error())?)
+}
