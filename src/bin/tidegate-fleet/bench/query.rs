@@ -7,7 +7,6 @@ use super::{
     process,
     report::median,
     server::{DataDir, Server},
-    soak::UNMERGED,
     upload::{Uploaders, device_name},
 };
 use anyhow::{Context, bail};
@@ -28,6 +27,8 @@ const ROWS_PER_SENSOR: u64 = 100_000;
 /// Batches of a thousand: what is measured is not how they come in.
 const SHAPE: Shape = Shape { sensors: 10, rows: 100 };
 const CONNECTIONS: u32 = 10;
+/// The gateway's metric of readings that were merged.
+const MERGED: &str = "tidegate_merged_readings_total";
 const MERGE_TIMEOUT: Duration = Duration::from_secs(1_800);
 const MERGE_ASKED_INTERVAL: Duration = Duration::from_millis(500);
 /// The page cache of the table's connection, in KiB: all that is read again is in memory, as it is in the gateway's case.
@@ -128,7 +129,7 @@ impl Gateway {
         }
         let began = Instant::now();
         let mut ticks = tokio::time::interval(MERGE_ASKED_INTERVAL);
-        while server.metric(UNMERGED).await?.context("the gateway does not say what is to be merged")? > 0.0 {
+        while server.metric(MERGED).await?.context("the gateway does not say how much is merged")? < slice.readings as f64 {
             if began.elapsed() > MERGE_TIMEOUT {
                 bail!("not merged within {MERGE_TIMEOUT:?}");
             }

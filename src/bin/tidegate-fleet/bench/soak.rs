@@ -20,7 +20,7 @@ use tokio::time::Instant;
 const SLICE_DURATION: Duration = Duration::from_secs(2);
 const SHOWN_INTERVAL: Duration = Duration::from_secs(10);
 /// The gateway's metric of what waits to be merged.
-pub const UNMERGED: &str = "tidegate_unmerged_batches";
+const UNMERGED: &str = "tidegate_unmerged_batches";
 
 /// How things stood at some time.
 #[derive(Debug, Clone, Serialize)]
