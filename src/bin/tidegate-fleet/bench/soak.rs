@@ -115,14 +115,13 @@ impl Watched {
         Ok(())
     }
 
-    /// The rate between two shares of the readings, by the samples next to them.
+    /// The rate between two shares of the run, by the samples around them.
     fn rate_between(&self, from: f64, to: f64) -> f64 {
-        let total = self.samples.last().map_or(0, |sample| sample.readings) as f64;
-        let at = |share: f64| self.samples.iter().find(|sample| sample.readings as f64 >= share * total);
-        let (from, to) = (at(from), at(to));
-        let readings = |sample: Option<&Sample>| sample.map_or(0.0, |sample| sample.readings as f64);
-        let seconds = |sample: Option<&Sample>| sample.map_or(0.0, |sample| sample.seconds);
-        (readings(to) - readings(from)) / (seconds(to) - seconds(from))
+        let (Some(first), Some(last)) = (self.samples.first(), self.samples.last()) else { return 0.0 };
+        let at = |share: f64| first.readings as f64 + share * (last.readings - first.readings) as f64;
+        let before = self.samples.iter().rfind(|sample| sample.readings as f64 <= at(from)).unwrap_or(first);
+        let behind = self.samples.iter().find(|sample| sample.readings as f64 >= at(to)).unwrap_or(last);
+        (behind.readings - before.readings) as f64 / (behind.seconds - before.seconds).max(f64::EPSILON)
     }
 
     fn outcome(self, store: Store, batch: u32) -> anyhow::Result<Outcome> {
@@ -151,7 +150,8 @@ pub async fn soak(arguments: &Soak) -> anyhow::Result<Outcome> {
     let mut stored = uploaders.run(SLICE_DURATION / 4).await?.readings;
     let mut watched = Watched::new(server, data, !common.json);
     watched.look(stored).await?;
-    while stored < *readings {
+    // At least one slice behind the first, which also made the connections and registered the devices.
+    while stored < *readings || watched.samples.len() < 2 {
         stored += uploaders.run(SLICE_DURATION).await?.readings;
         watched.look(stored).await?;
     }
