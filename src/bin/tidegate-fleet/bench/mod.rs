@@ -21,10 +21,25 @@ mod upload;
 pub use arguments::Bench;
 
 use crate::Verdict;
+use anyhow::bail;
 use arguments::{Common, Mode};
 use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
 
 pub async fn run(arguments: Bench) -> anyhow::Result<Verdict> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    // Dropping the work ends the servers and removes their data.
+    tokio::select! {
+        result = measure(arguments) => result,
+        _ = terminate.recv() => bail!("terminated"),
+        interrupted = tokio::signal::ctrl_c() => {
+            interrupted?;
+            bail!("interrupted")
+        }
+    }
+}
+
+async fn measure(arguments: Bench) -> anyhow::Result<Verdict> {
     let Bench { mode, matrix, common } = arguments;
     match mode {
         None => {
