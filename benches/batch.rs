@@ -6,7 +6,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use prost::Message;
 use std::{hint::black_box, time::Duration};
 use tidegate::{
-    model::{BatchLimits, CheckedBatch, Timestamp},
+    model::{BatchLimits, CheckedBatch, Timestamp, batch::KnownSensor, scan::Column},
     pb,
 };
 
@@ -33,8 +33,18 @@ fn check(criterion: &mut Criterion) {
     for (sensors, rows) in [(1, 1), (10, 1), (10, 10), (10, 100)] {
         let bytes = batch(sensors, rows);
         group.throughput(Throughput::Elements((sensors * rows) as u64));
-        group.bench_function(BenchmarkId::from_parameter(sensors * rows), |bencher| {
-            bencher.iter(|| CheckedBatch::check(black_box(bytes.clone()), &limits, Timestamp::now()).expect("a good batch"));
+        let size = sensors * rows;
+        // A batch of sensors that the device has, and one that has to be decoded since they are new.
+        let mut key = 0;
+        let mut known = |_: &Column<'_>| {
+            key += 1;
+            Some(KnownSensor { key, allow_non_finite: false })
+        };
+        group.bench_function(BenchmarkId::new("known", size), |bencher| {
+            bencher.iter(|| CheckedBatch::check(black_box(&bytes), &limits, Timestamp::now(), &mut known).expect("a good batch"));
+        });
+        group.bench_function(BenchmarkId::new("new", size), |bencher| {
+            bencher.iter(|| CheckedBatch::check(black_box(&bytes), &limits, Timestamp::now(), |_| None).expect("a good batch"));
         });
     }
     group.finish();

@@ -58,7 +58,8 @@ struct Link<'a> {
     api: &'a DeviceLinkApi,
     device: Arc<Device>,
     stream_id: Option<StreamId>,
-    pending: FuturesOrdered<BoxFuture<'static, (u64, Result<Reply, Error>)>>,
+    pending: FuturesOrdered<BoxFuture<'static, Result<Vec<Reply>, Error>>>,
+    unacknowledged: usize,
     // The sequence that was last asked for: pipelined batches behind a hole all miss the same one, which is told once.
     gap_told: Option<u64>,
     // The revision that the device has, or was sent: it is not sent again.
@@ -100,6 +101,7 @@ impl<'a> Link<'a> {
             device,
             stream_id,
             pending: FuturesOrdered::new(),
+            unacknowledged: 0,
             gap_told: None,
             known_revision: reported.unwrap_or(0),
             outbound,
@@ -112,14 +114,21 @@ impl<'a> Link<'a> {
     async fn serve(mut self, mut inbound: Streaming<pb::ConnectRequest>) -> Result<(), Status> {
         let mut pokes = self.device.config_pokes();
         self.send_config().await?;
-        let mut open = true;
-        while open || !self.pending.is_empty() {
+        let (mut next, mut open) = (None, true);
+        while open || next.is_some() || !self.pending.is_empty() {
+            if let Some(message) = next.take() {
+                let received;
+                (received, next) = self.receive(message, &mut inbound).await?;
+                // What came in before is handed in all the same.
+                open = !received?;
+                continue;
+            }
             tokio::select! {
-                message = inbound.message(), if open && self.pending.len() < self.api.unacknowledged_max => match message? {
-                    Some(message) => self.receive(message).await?,
-                    None => open = false,
-                },
-                Some((sequence, reply)) = self.pending.next() => self.acknowledge(sequence, reply).await?,
+                message = inbound.message(), if open && self.unacknowledged < self.api.unacknowledged_max => {
+                    next = message?;
+                    open = next.is_some();
+                }
+                Some(replies) = self.pending.next() => self.acknowledge(replies).await?,
                 Ok(()) = pokes.changed(), if open => self.send_config().await?,
                 () = self.api.drain.cancelled(), if open => open = false,
             }
@@ -130,9 +139,11 @@ impl<'a> Link<'a> {
         Ok(())
     }
 
-    async fn receive(&mut self, message: pb::ConnectRequest) -> Result<(), Status> {
+    /// Does what a message asks for; of a batch, also with those that have already come in behind it. Says whether the device
+    /// has closed its side, or how the stream has failed, and gives back what is still to be done.
+    async fn receive(&mut self, message: pb::ConnectRequest, inbound: &mut Streaming<pb::ConnectRequest>) -> Result<Received, Status> {
         match message.message {
-            Some(connect_request::Message::Batch(batch)) => self.receive_batch(batch).await?,
+            Some(connect_request::Message::Batch(batch)) => return self.receive_batches(batch, inbound).await,
             Some(connect_request::Message::ConfigReport(report)) => {
                 let report = parse_report(report)?;
                 self.api.configs.note_report(&self.device, &report).await.map_err(Failure::from)?;
@@ -141,55 +152,68 @@ impl<'a> Link<'a> {
             // A newer client may say what this gateway does not know.
             None => {}
         }
-        Ok(())
+        Ok((Ok(false), None))
     }
 
-    async fn receive_batch(&mut self, batch: pb::LinkBatch) -> Result<(), Error> {
-        let pb::LinkBatch { sequence, batch, lost_batches, lost_readings } = batch;
+    async fn receive_batches(&mut self, first: pb::LinkBatch, inbound: &mut Streaming<pb::ConnectRequest>) -> Result<Received, Status> {
+        let stream_id = self.check_batch(&first)?;
+        let mut run = self.api.ingest.begin(&self.device, stream_id, envelope(first)).await?;
+        let (mut ended, mut left) = (Ok(false), None);
+        let room = self.api.unacknowledged_max.saturating_sub(self.unacknowledged);
+        while left.is_none() && run.len() < room && !run.is_full() {
+            match inbound.message().now_or_never() {
+                Some(Ok(Some(pb::ConnectRequest { message: Some(connect_request::Message::Batch(batch)) }))) => {
+                    left = match self.check_batch(&batch) {
+                        Ok(_) => self.api.ingest.add(&mut run, envelope(batch)).err().map(message),
+                        Err(error) => {
+                            ended = Err(error.into());
+                            break;
+                        }
+                    };
+                }
+                Some(Ok(Some(other))) => left = Some(other),
+                Some(Ok(None)) => {
+                    ended = Ok(true);
+                    break;
+                }
+                Some(Err(status)) => {
+                    ended = Err(status);
+                    break;
+                }
+                None => break,
+            }
+        }
+        let pending = self.api.ingest.submit(run).await?;
+        self.unacknowledged += pending.batches;
+        self.pending.push_back(pending.replies().boxed());
+        Ok((ended, left))
+    }
+
+    fn check_batch(&self, batch: &pb::LinkBatch) -> Result<StreamId, Error> {
         let mut violations = Violations::new();
-        check_numbers(&mut violations, sequence, lost_batches, lost_readings);
+        check_numbers(&mut violations, batch.sequence, batch.lost_batches, batch.lost_readings);
         if self.stream_id.is_none() {
             violations.add("hello.stream_id", "it was empty: a stream with batches needs one");
         }
         violations.into_result()?;
-        let stream_id = self.stream_id.ok_or(Error::Internal)?;
-        let envelope = Envelope { sequence, batch, lost_batches, lost_readings };
-        let pending = self.api.ingest.submit(&self.device, stream_id, envelope).await?;
-        self.pending.push_back(pending.reply().boxed());
-        Ok(())
+        self.stream_id.ok_or(Error::Internal)
     }
 
-    /// Acknowledges a batch, and with it all behind it that are already dealt with.
-    async fn acknowledge(&mut self, sequence: u64, reply: Result<Reply, Error>) -> Result<(), Status> {
+    /// Acknowledges a run, and with it all behind it that are already dealt with.
+    async fn acknowledge(&mut self, first: Result<Vec<Reply>, Error>) -> Result<(), Status> {
         let mut ack = pb::BatchAck::default();
-        let mut next = Some((sequence, reply));
         let (mut gap, mut failed) = (None, None);
-        while let Some((sequence, reply)) = next {
-            let Reply { outcome, durable_through } = match reply {
-                Ok(reply) => reply,
+        let mut next = Some(first);
+        while let Some(replies) = next {
+            match replies {
+                Ok(replies) => {
+                    self.unacknowledged -= replies.len();
+                    replies.into_iter().for_each(|reply| note(&mut ack, &mut gap, reply));
+                }
                 Err(error) => {
                     // Only after what is known of the batches before it is told: a rejection is told once.
                     failed = Some(error);
                     break;
-                }
-            };
-            match outcome {
-                Outcome::Gap { expected } => {
-                    gap = gap.or(Some(pb::SequenceGap { expected_sequence: expected, received_sequence: sequence }))
-                }
-                Outcome::Stored { .. } => {
-                    ack.last_durable_sequence = durable_through;
-                    // The hole before it is closed.
-                    gap = None;
-                }
-                Outcome::Duplicate { .. } => {
-                    ack.last_durable_sequence = durable_through;
-                    ack.duplicate_batches += 1;
-                }
-                Outcome::Rejected(reject) => {
-                    ack.last_durable_sequence = durable_through;
-                    ack.rejected.push(rejected_batch(sequence, &reject));
-                    gap = None;
                 }
             }
             next = self.pending.next().now_or_never().flatten();
@@ -227,6 +251,43 @@ impl<'a> Link<'a> {
     fn send(&self, message: connect_response::Message) -> impl Future<Output = ()> + use<'a> {
         let outbound = self.outbound;
         async move { outbound.send(pb::ConnectResponse { message: Some(message) }).await }
+    }
+}
+
+/// Whether the device has closed its side, or how the stream has failed; and a message that is still to be done.
+type Received = (Result<bool, Status>, Option<pb::ConnectRequest>);
+
+fn envelope(batch: pb::LinkBatch) -> Envelope {
+    let pb::LinkBatch { sequence, batch, lost_batches, lost_readings } = batch;
+    Envelope { sequence, batch, lost_batches, lost_readings }
+}
+
+fn message(envelope: Envelope) -> pb::ConnectRequest {
+    let Envelope { sequence, batch, lost_batches, lost_readings } = envelope;
+    let batch = pb::LinkBatch { sequence, batch, lost_batches, lost_readings };
+    pb::ConnectRequest { message: Some(connect_request::Message::Batch(batch)) }
+}
+
+/// Adds what became of a batch to what is told together. A hole is told only if nothing behind it closes it.
+fn note(ack: &mut pb::BatchAck, gap: &mut Option<pb::SequenceGap>, reply: Reply) {
+    let Reply { sequence, outcome, durable_through } = reply;
+    match outcome {
+        Outcome::Gap { expected } => {
+            gap.get_or_insert(pb::SequenceGap { expected_sequence: expected, received_sequence: sequence });
+        }
+        Outcome::Stored { .. } => {
+            ack.last_durable_sequence = durable_through;
+            *gap = None;
+        }
+        Outcome::Duplicate { .. } => {
+            ack.last_durable_sequence = durable_through;
+            ack.duplicate_batches += 1;
+        }
+        Outcome::Rejected(reject) => {
+            ack.last_durable_sequence = durable_through;
+            ack.rejected.push(rejected_batch(sequence, &reject));
+            *gap = None;
+        }
     }
 }
 

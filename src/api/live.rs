@@ -90,8 +90,8 @@ fn encode(item: Item) -> pb::FollowResponse {
         Item::Latest { device, batch } => {
             (Message::Latest(pb::LatestReadings { device: device.to_string(), batch: Some(batch) }), String::new())
         }
-        Item::Readings { device, receive_time, batch, position } => {
-            let readings = pb::LiveReadings { device: device.to_string(), receive_time: Some(receive_time.to_proto()), batch };
+        Item::Readings { device, receive_time, batches, batch, position } => {
+            let readings = pb::LiveReadings { device: device.to_string(), receive_time: Some(receive_time.to_proto()), batches, batch };
             (Message::Readings(readings), token(position))
         }
         Item::Synced(position) => (Message::Synced(pb::Synced {}), token(position)),

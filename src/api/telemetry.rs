@@ -4,12 +4,12 @@ use super::parse;
 use crate::{
     error::{Error, Failure, Violations},
     fleet::{Device, Registry},
-    ingest::{Envelope, Ingest, Outcome, Pending, Reply, SEQUENCE_MAX},
+    ingest::{Envelope, Ingest, Outcome, Reply, Run, SEQUENCE_MAX},
     model::{BatchReject, DeviceId, StreamId, batch::RejectReason},
     pb::{self, telemetry_service_server::TelemetryService},
     store::Store,
 };
-use futures_util::{StreamExt, stream::FuturesOrdered};
+use futures_util::{FutureExt, StreamExt, stream::FuturesOrdered};
 use std::{collections::BTreeMap, sync::Arc};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
@@ -46,18 +46,32 @@ impl TelemetryService for TelemetryApi {
         let device = self.registry.get_or_register(&device).await?;
         let mut upload = Upload { device, stream_id, last: 0, summary: Summary::default() };
         let mut pending = FuturesOrdered::new();
-        pending.push_back(upload.submit(&self.ingest, first).await?.reply());
-        let mut open = true;
-        while open || !pending.is_empty() {
+        let (mut next, mut open, mut unacknowledged) = (Some(envelope(first)), true, 0);
+        while open || next.is_some() || !pending.is_empty() {
+            if let Some(first) = next.take() {
+                let room = self.unacknowledged_max.saturating_sub(unacknowledged);
+                let Gathered { run, left, ended } = upload.gather(&self.ingest, first, room, &mut inbound).await?;
+                let submitted = self.ingest.submit(run).await?;
+                unacknowledged += submitted.batches;
+                pending.push_back(submitted.replies());
+                // What came in before is handed in all the same.
+                open = !ended?;
+                next = left;
+                continue;
+            }
             tokio::select! {
-                message = inbound.message(), if open && pending.len() < self.unacknowledged_max => match message? {
+                message = inbound.message(), if open && unacknowledged < self.unacknowledged_max => match message? {
                     Some(message) => {
                         upload.check_same(&message)?;
-                        pending.push_back(upload.submit(&self.ingest, message).await?.reply());
+                        next = Some(envelope(message));
                     }
                     None => open = false,
                 },
-                Some((sequence, reply)) = pending.next() => upload.take(sequence, reply?)?,
+                Some(replies) = pending.next() => {
+                    let replies = replies?;
+                    unacknowledged -= replies.len();
+                    replies.into_iter().try_for_each(|reply| upload.take(reply))?;
+                }
                 // What was taken is committed and told; the device goes on elsewhere.
                 () = self.drain.cancelled(), if open => open = false,
             }
@@ -110,6 +124,20 @@ pub fn rejected_batch(sequence: u64, reject: &BatchReject) -> pb::RejectedBatch 
     pb::RejectedBatch { sequence, reason: *reason as i32, field: field.clone(), message: message.clone(), readings: *readings }
 }
 
+fn envelope(message: pb::UploadRequest) -> Envelope {
+    let pb::UploadRequest { sequence, batch, lost_batches, lost_readings, .. } = message;
+    Envelope { sequence, batch, lost_batches, lost_readings }
+}
+
+/// What has come in of a call by now.
+struct Gathered {
+    run: Run,
+    // What found no room in the run.
+    left: Option<Envelope>,
+    // Whether the device has closed its side, or how the call has failed.
+    ended: Result<bool, Status>,
+}
+
 /// One call.
 struct Upload {
     device: Arc<Device>,
@@ -131,14 +159,36 @@ impl Upload {
         violations.into_result()
     }
 
-    async fn submit(&self, ingest: &Ingest, message: pb::UploadRequest) -> Result<Pending, Error> {
-        let pb::UploadRequest { sequence, batch, lost_batches, lost_readings, .. } = message;
-        ingest.submit(&self.device, self.stream_id, Envelope { sequence, batch, lost_batches, lost_readings }).await
+    /// A run of `first` and of what else has already come in, up to `room` batches.
+    async fn gather(
+        &self,
+        ingest: &Ingest,
+        first: Envelope,
+        room: usize,
+        inbound: &mut Streaming<pb::UploadRequest>,
+    ) -> Result<Gathered, Error> {
+        let mut run = ingest.begin(&self.device, self.stream_id, first).await?;
+        let (mut left, mut ended) = (None, Ok(false));
+        while left.is_none() && run.len() < room && !run.is_full() {
+            match inbound.message().now_or_never() {
+                None => break,
+                Some(Ok(Some(message))) => match self.check_same(&message) {
+                    Ok(()) => left = ingest.add(&mut run, envelope(message)).err(),
+                    Err(error) => ended = Err(error.into()),
+                },
+                Some(Ok(None)) => ended = Ok(true),
+                Some(Err(status)) => ended = Err(status),
+            }
+            if !matches!(ended, Ok(false)) {
+                break;
+            }
+        }
+        Ok(Gathered { run, left, ended })
     }
 
-    fn take(&mut self, sequence: u64, reply: Reply) -> Result<(), Error> {
-        self.last = self.last.max(reply.durable_through);
-        match reply.outcome {
+    fn take(&mut self, Reply { sequence, outcome, durable_through }: Reply) -> Result<(), Error> {
+        self.last = self.last.max(durable_through);
+        match outcome {
             Outcome::Stored { readings } => add(&mut self.summary.accepted, readings),
             Outcome::Duplicate { readings } => add(&mut self.summary.duplicate, readings),
             Outcome::Rejected(reject) => self.summary.add_rejected(sequence, &reject),

@@ -35,7 +35,12 @@ fn batch(value: f64) -> pb::Batch {
 }
 
 fn live(value: f64) -> Message {
-    Message::Readings(pb::LiveReadings { device: "pump-1".into(), receive_time: None, batch: batch(value).encode_to_vec().into() })
+    Message::Readings(pb::LiveReadings {
+        device: "pump-1".into(),
+        receive_time: None,
+        batches: 1,
+        batch: batch(value).encode_to_vec().into(),
+    })
 }
 
 #[test]

@@ -173,7 +173,7 @@ impl Default for Config {
                 commit_batches_max: 1_000,
                 batch_bytes_max: MIB,
                 batch_readings_max: 100_000,
-                unacknowledged_batches_max: 64,
+                unacknowledged_batches_max: 256,
                 time_skew_max: Duration::from_secs(3600),
                 reading_age_max: Duration::ZERO,
                 rejected_batches_kept_max: 1_000,

@@ -3,9 +3,11 @@
 pub mod configs;
 pub mod reconciler;
 pub mod registry;
+pub mod sensors;
 
 pub use configs::{ConfigChange, Configs};
 pub use registry::{Device, Registry};
+pub use sensors::Sensors;
 
 use std::panic::resume_unwind;
 use tokio::task::JoinError;

@@ -2,15 +2,19 @@
 //!
 //! A [`Device`] is loaded when it is first asked for and then shared by all that have to do with it.
 
-use super::to_the_end;
+use super::{sensors::Sensors, to_the_end};
 use crate::{
     error::{Error, Failure},
-    model::{BatchReject, CheckedBatch, DeviceId, LabelSelector, Labels, Timestamp, batch::RejectReason, ids::quoted},
+    model::{
+        BatchReject, DeviceId, LabelSelector, Labels, Timestamp,
+        batch::{RejectReason, SensorUse},
+        ids::quoted,
+    },
     store::{DeviceKey, DeviceRow, SensorRow, Store, StoreError},
 };
 use parking_lot::RwLock;
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{
         Arc,
         atomic::{AtomicU8, AtomicUsize, Ordering},
@@ -48,7 +52,8 @@ pub struct Device {
     /// Its id.
     pub id: DeviceId,
     row: RwLock<DeviceRow>,
-    sensors: RwLock<HashMap<String, SensorRow>>,
+    // Replaced as a whole when a sensor comes or changes, so that the hot path holds no lock while it looks.
+    sensors: RwLock<Arc<Sensors>>,
     standing: AtomicU8,
     config_poke: watch::Sender<()>,
 }
@@ -64,7 +69,7 @@ impl Device {
             key: row.key,
             id: row.id.clone(),
             row: RwLock::new(row),
-            sensors: RwLock::new(sensors.into_iter().map(|sensor| (sensor.name.clone(), sensor)).collect()),
+            sensors: RwLock::new(Arc::new(Sensors::default().with(sensors))),
             standing: AtomicU8::new(REGISTERED),
             config_poke: watch::Sender::new(()),
         }
@@ -109,6 +114,11 @@ impl Device {
         self.sensors.read().get(name).cloned()
     }
 
+    /// All its sensors as of now.
+    pub fn sensors(&self) -> Arc<Sensors> {
+        self.sensors.read().clone()
+    }
+
     /// How many sensors it has.
     pub fn sensors_len(&self) -> usize {
         self.sensors.read().len()
@@ -116,7 +126,8 @@ impl Device {
 
     /// Takes over sensors that are now in the store.
     pub fn learn(&self, rows: impl IntoIterator<Item = SensorRow>) {
-        self.sensors.write().extend(rows.into_iter().map(|row| (row.name.clone(), row)));
+        let mut sensors = self.sensors.write();
+        *sensors = Arc::new(sensors.with(rows));
     }
 
     /// Tells the device's link to compare desired and applied configuration. Carries no data: a lost or doubled poke harms nothing.
@@ -129,26 +140,23 @@ impl Device {
         self.config_poke.subscribe()
     }
 
-    /// Compares a batch with the device's sensors; `staged` are sensors of transactions that are not yet committed.
+    /// Compares a batch's sensors with the device's; `staged` are sensors of transactions that are not yet committed.
     ///
     /// Returns the rows that the batch makes or changes: sensors seen for the first time, and units said for the first time.
     pub fn judge(
         &self,
-        batch: &CheckedBatch,
+        sensors: &BTreeMap<String, SensorUse>,
+        readings: u32,
         staged: &HashMap<String, SensorRow>,
         sensors_max: usize,
         now: Timestamp,
     ) -> Result<Vec<SensorRow>, BatchReject> {
-        let known = self.sensors.read();
+        let known = self.sensors();
         let mut changes = Vec::new();
         let mut new = 0;
-        for (name, used) in &batch.sensors {
-            let reject = |reason, field: &str, message| BatchReject {
-                reason,
-                field: field.to_owned(),
-                message,
-                readings: u64::from(batch.summary.readings),
-            };
+        for (name, used) in sensors {
+            let reject =
+                |reason, field: &str, message| BatchReject { reason, field: field.to_owned(), message, readings: u64::from(readings) };
             let sensor = staged.get(name).or_else(|| known.get(name));
             if let Some(field) = &used.non_finite
                 && !sensor.is_some_and(|sensor| sensor.allow_non_finite)
@@ -181,18 +189,13 @@ impl Device {
                 changes.push(SensorRow { unit: used.unit.clone(), ..sensor.clone() });
             }
         }
-        let staged_new = staged.keys().filter(|name| !known.contains_key(*name)).count();
+        let staged_new = staged.keys().filter(|name| known.get(name).is_none()).count();
         if new > 0 && known.len() + staged_new + new > sensors_max {
             let message = format!(
                 "{} sensors are known and the batch brings {new} more: at most {sensors_max} are allowed (devices.sensors_max)",
                 known.len() + staged_new
             );
-            return Err(BatchReject {
-                reason: RejectReason::TooManySensors,
-                field: String::new(),
-                message,
-                readings: u64::from(batch.summary.readings),
-            });
+            return Err(BatchReject { reason: RejectReason::TooManySensors, field: String::new(), message, readings: u64::from(readings) });
         }
         Ok(changes)
     }

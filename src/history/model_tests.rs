@@ -115,8 +115,9 @@ impl Running {
 
     async fn send(&self, stream: StreamId, sequence: u64, batch: Vec<u8>) -> Outcome {
         let envelope = Envelope { sequence, batch: batch.into(), lost_batches: 0, lost_readings: 0 };
-        let pending = self.ingest.submit(&self.device, stream, envelope).await.expect("admitted");
-        pending.reply().await.1.expect("answered").outcome
+        let run = self.ingest.begin(&self.device, stream, envelope).await.expect("admitted");
+        let replies = self.ingest.submit(run).await.expect("handed in").replies().await.expect("answered");
+        replies.into_iter().next().expect("one").outcome
     }
 
     async fn query(&self, begin: i64, end: i64) -> BTreeMap<(usize, i64), i64> {

@@ -1,7 +1,10 @@
 //! What the writer counts.
 
+use super::{Outcome, Reply, Submitted};
 use crate::{
+    error::Error,
     model::batch::{RejectReason, reason_name},
+    store::Count,
     telemetry::{Metrics, names},
 };
 use metrics::{Counter, Histogram};
@@ -44,8 +47,34 @@ impl IngestMetrics {
         }
     }
 
-    /// Counts a rejected batch.
-    pub fn rejected(&self, reason: RejectReason, readings: u64) {
+    /// Counts what became of the batches of a group.
+    pub fn count(&self, runs: &[Submitted], decisions: &[Result<Vec<Reply>, Error>]) {
+        let (mut stored, mut duplicate, mut bytes) = (Count::default(), Count::default(), 0);
+        for (Submitted { run, .. }, decision) in runs.iter().zip(decisions) {
+            let Ok(replies) = decision else { continue };
+            for (batch, Reply { sequence, outcome, .. }) in run.batches.iter().zip(replies) {
+                match outcome {
+                    Outcome::Stored { readings } => {
+                        stored.add(*readings);
+                        bytes += batch.range.len() as u64;
+                    }
+                    Outcome::Duplicate { readings } => duplicate.add(*readings),
+                    Outcome::Rejected(reject) => {
+                        self.rejected(reject.reason, reject.readings);
+                        tracing::warn!(device = %run.device.id, stream_id = %run.stream_id, sequence, %reject, "batch.rejected");
+                    }
+                    Outcome::Gap { .. } => self.sequence_gaps.increment(1),
+                }
+            }
+        }
+        self.stored_batches.increment(stored.batches);
+        self.stored_readings.increment(stored.readings);
+        self.stored_bytes.increment(bytes);
+        self.duplicate_batches.increment(duplicate.batches);
+        self.duplicate_readings.increment(duplicate.readings);
+    }
+
+    fn rejected(&self, reason: RejectReason, readings: u64) {
         if let Some((_, batches, in_them)) = self.rejected.iter().find(|(of, ..)| *of == reason) {
             batches.increment(1);
             in_them.increment(readings);

@@ -8,18 +8,20 @@
 //! After a failed commit it is not known what the store holds. The writer then forgets all that it had in memory, answers
 //! UNAVAILABLE, and takes nothing until the store has proved, on a new connection, that it takes a durable write.
 
-use super::{Append, Ingest, Outcome, Reply, metrics::IngestMetrics, stall::watched};
+use super::{Ingest, Outcome, Reply, Run, Submitted, metrics::IngestMetrics, run::RunBatch, stall::watched};
 use crate::{
     config::Config,
     error::Error,
     fleet::{Device, Registry},
     live::{Latest, Tail, TailEntry},
-    model::{BatchLimits, BatchReject, CheckedBatch, Position, StreamId},
+    model::{BatchLimits, BatchReject, BatchSummary, CheckedBatch, Position, StreamId, Timestamp, batch::BatchSensors},
     store::{DeviceKey, LogRow, NewLogRow, NewRejection, SensorRow, Store, StoreError, StreamChange, StreamRow, WriteTx},
     telemetry::{Metrics, Readiness},
 };
+use bytes::Bytes;
 use std::{
     collections::{BTreeMap, HashMap},
+    ops::Range,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -43,7 +45,7 @@ pub struct Writer {
     latest: Arc<Latest>,
     metrics: IngestMetrics,
     readiness: Readiness,
-    receiver: mpsc::Receiver<Append>,
+    receiver: mpsc::Receiver<Submitted>,
     commit_batches_max: usize,
     sensors_max: usize,
     rejected_kept_max: u32,
@@ -103,15 +105,14 @@ impl Writer {
             Ok(()) => self.readiness.set(COMPONENT, Ok(())),
             Err(error) => self.recover(error).await,
         }
-        let mut waiting = Vec::with_capacity(self.commit_batches_max);
-        while self.receiver.recv_many(&mut waiting, self.commit_batches_max).await > 0 {
+        let mut waiting = Vec::new();
+        while self.receive(&mut waiting).await {
             let began = Instant::now();
             match watched(&self.readiness.clone(), self.commit(&waiting)).await {
                 Ok(committed) => {
                     self.metrics.commit_seconds.record(began.elapsed());
-                    self.metrics.commit_batches.record(waiting.len() as f64);
+                    self.metrics.commit_batches.record(waiting.iter().map(|submitted| submitted.run.len()).sum::<usize>() as f64);
                     self.publish(std::mem::take(&mut waiting), committed);
-                    waiting.reserve(self.commit_batches_max);
                 }
                 Err(error) => {
                     self.refuse(&mut waiting);
@@ -121,20 +122,33 @@ impl Writer {
         }
     }
 
-    /// Commits all of `appends` that is to be stored, and says of each what became of it.
-    async fn commit(&mut self, appends: &[Append]) -> Result<Committed, StoreError> {
+    /// Waits for a run, and takes what else waits; whether there is any.
+    async fn receive(&mut self, waiting: &mut Vec<Submitted>) -> bool {
+        let mut next = self.receiver.recv().await;
+        let mut batches = 0;
+        while let Some(submitted) = next {
+            batches += submitted.run.len();
+            waiting.push(submitted);
+            next = if batches < self.commit_batches_max { self.receiver.try_recv().ok() } else { None };
+        }
+        !waiting.is_empty()
+    }
+
+    /// Commits all of `waiting` that is to be stored, and says of each batch what became of it.
+    async fn commit(&mut self, waiting: &[Submitted]) -> Result<Committed, StoreError> {
         let mut group = Group::default();
         let mut tx = self.store.begin().await?;
-        for append in appends {
-            let decision = self.decide(&mut tx, &mut group, append).await?;
+        for (index, Submitted { run, bytes, .. }) in waiting.iter().enumerate() {
+            let decision = self.decide(&mut tx, &mut group, index, run, bytes).await?;
             group.decisions.push(decision);
         }
         if group.is_empty() {
             tx.rollback().await?;
-            return Ok(Committed { first: Position(0), group });
+            return Ok(Committed { first: Position(0), rows: Vec::new(), group });
         }
-        let first = if group.log.is_empty() { Position(0) } else { tx.append(&group.log).await? };
-        let changes: Vec<StreamChange> = group.streams.values().map(|staged| staged.change).filter(changes_anything).collect();
+        let rows: Vec<NewLogRow> = group.entries.iter().map(|entry| entry.row(&waiting[entry.run])).collect();
+        let first = if rows.is_empty() { Position(0) } else { tx.append(&rows).await? };
+        let changes: Vec<StreamChange> = group.streams.values().copied().filter(changes_anything).collect();
         tx.advance_streams(&changes).await?;
         if !group.rejections.is_empty() {
             tx.reject(&group.rejections, self.rejected_kept_max).await?;
@@ -146,160 +160,132 @@ impl Writer {
             }
         })
         .await?;
-        Ok(Committed { first, group })
+        Ok(Committed { first, rows, group })
     }
 
-    async fn decide(&self, tx: &mut WriteTx<'_>, group: &mut Group, append: &Append) -> Result<Result<Reply, Error>, StoreError> {
-        let device = &append.device;
-        if let Err(error) = device.check() {
-            return Ok(Err(error));
-        }
-        let stream = match group.streams.get_mut(&(device.key, append.stream_id)) {
-            Some(staged) => staged,
-            None => {
-                let row = match self.streams.get(&(device.key, append.stream_id)) {
-                    Some(row) => *row,
-                    None => tx.stream(device.key, append.stream_id, append.receive_time).await?,
-                };
-                group.streams.entry((device.key, append.stream_id)).or_insert(Staged::at(row))
-            }
-        };
-        let change = &mut stream.change;
-        let last = change.sequence_after;
-        if append.sequence <= last {
-            change.duplicate.add(append.readings());
-            change.receive_micros = append.receive_time.micros();
-            return Ok(Ok(Reply { outcome: Outcome::Duplicate { readings: append.readings() }, durable_through: last }));
-        }
-        // The sequences that the device says it lost close the hole before this one.
-        if append.sequence - last > append.lost_batches.saturating_add(1) {
-            return Ok(Ok(Reply { outcome: Outcome::Gap { expected: last + 1 }, durable_through: last }));
-        }
-        let skipped = append.sequence - last - 1;
-        change.lost.batches = change.lost.batches.saturating_add(skipped);
-        if skipped > 0 {
-            change.lost.readings = change.lost.readings.saturating_add(append.lost_readings);
-        }
-        change.sequence_after = append.sequence;
-        change.receive_micros = append.receive_time.micros();
-        let stream_key = change.key;
-
-        match self.judge(tx, group, append).await? {
-            Ok(checked) => {
-                if let Some(stream) = group.streams.get_mut(&(device.key, append.stream_id)) {
-                    stream.change.stored.add(append.readings());
-                }
-                group.log.push(NewLogRow {
-                    device: device.key,
-                    stream_key,
-                    sequence: append.sequence,
-                    receive_time: append.receive_time,
-                    summary: checked.summary,
-                    batch: checked.bytes.clone(),
-                });
-                Ok(Ok(Reply { outcome: Outcome::Stored { readings: append.readings() }, durable_through: append.sequence }))
-            }
-            Err(reject) => {
-                group.rejections.push(NewRejection {
-                    device: device.key,
-                    stream_key,
-                    sequence: append.sequence,
-                    receive_time: append.receive_time,
-                    reject: reject.clone(),
-                    batch: append.bytes.clone(),
-                });
-                Ok(Ok(Reply { outcome: Outcome::Rejected(reject), durable_through: append.sequence }))
-            }
-        }
-    }
-
-    /// Whether the batch can be stored; if so, the sensors that it brings are.
-    async fn judge<'a>(
+    /// Says of each batch of a run what is to become of it, and adds what is to be stored to the group.
+    async fn decide(
         &self,
         tx: &mut WriteTx<'_>,
         group: &mut Group,
-        append: &'a Append,
-    ) -> Result<Result<&'a CheckedBatch, BatchReject>, StoreError> {
-        let checked = match &append.batch {
+        index: usize,
+        run: &Run,
+        bytes: &Bytes,
+    ) -> Result<Result<Vec<Reply>, Error>, StoreError> {
+        let device = &run.device;
+        if let Err(error) = device.check() {
+            return Ok(Err(error));
+        }
+        let stream = (device.key, run.stream_id);
+        let mut change = match group.streams.get(&stream) {
+            Some(staged) => *staged,
+            None => {
+                let row = match self.streams.get(&stream) {
+                    Some(row) => *row,
+                    None => tx.stream(device.key, run.stream_id, run.receive_time).await?,
+                };
+                unchanged(row)
+            }
+        };
+        let mut replies = Vec::with_capacity(run.len());
+        for (number, batch) in run.batches.iter().enumerate() {
+            let outcome = match place(&mut change, batch, run.receive_time) {
+                Place::Next => match self.judge(tx, group, run, batch).await? {
+                    Ok(summary) => {
+                        change.stored.add(batch.readings());
+                        group.add_entry(Entry::new(index, number, change.key, batch, summary));
+                        Outcome::Stored { readings: batch.readings() }
+                    }
+                    Err(reject) => {
+                        group.rejections.push(rejection(run, change.key, batch, &reject, bytes));
+                        Outcome::Rejected(reject)
+                    }
+                },
+                Place::Known => Outcome::Duplicate { readings: batch.readings() },
+                Place::Behind { expected } => Outcome::Gap { expected },
+            };
+            replies.push(Reply { sequence: batch.sequence, outcome, durable_through: change.sequence_after });
+        }
+        group.streams.insert(stream, change);
+        Ok(Ok(replies))
+    }
+
+    /// Whether a batch can be stored; if so, the sensors that it brings are.
+    async fn judge(
+        &self,
+        tx: &mut WriteTx<'_>,
+        group: &mut Group,
+        run: &Run,
+        batch: &RunBatch,
+    ) -> Result<Result<BatchSummary, BatchReject>, StoreError> {
+        let CheckedBatch { summary, sensors } = match &batch.checked {
             Ok(checked) => checked,
             Err(reject) => return Ok(Err(reject.clone())),
         };
-        let device = &append.device;
+        let BatchSensors::New(sensors) = sensors else { return Ok(Ok(*summary)) };
         loop {
-            let staged = group.sensors.get(&device.key).map_or(&group.no_sensors, |staged| &staged.rows);
-            let changes = match device.judge(checked, staged, self.sensors_max, append.receive_time) {
+            let staged = group.sensors.get(&run.device.key).map_or(&group.no_sensors, |staged| &staged.rows);
+            let changes = match run.device.judge(sensors, summary.readings, staged, self.sensors_max, run.receive_time) {
                 Ok(changes) => changes,
                 Err(reject) => return Ok(Err(reject)),
             };
             // A sensor that the store knows and the registry does not, after a commit of unknown outcome, may be of another
             // kind: then the batch is judged once more, by what the store has.
-            if changes.is_empty() || stage_sensors(tx, group, device, changes).await? {
-                return Ok(Ok(checked));
+            if changes.is_empty() || stage_sensors(tx, group, &run.device, changes).await? {
+                return Ok(Ok(*summary));
             }
         }
     }
 
     /// Tells everybody what is now durable.
-    fn publish(&mut self, appends: Vec<Append>, Committed { first, group }: Committed) {
+    fn publish(&mut self, waiting: Vec<Submitted>, committed: Committed) {
+        let Committed { first, rows, group } = committed;
         if self.streams.len() + group.streams.len() > STREAMS_CACHED_MAX {
             self.streams.clear();
         }
-        for (key, staged) in group.streams {
+        for (key, change) in group.streams {
             // A stream that only ever had a gap was not stored: its number is not its own.
-            if staged.change.sequence_after > 0 {
-                self.streams.insert(key, StreamRow { key: staged.change.key, last_sequence: staged.change.sequence_after });
+            if change.sequence_after > 0 {
+                self.streams.insert(key, StreamRow { key: change.key, last_sequence: change.sequence_after });
             }
         }
-        let mut position = first;
-        let mut entries = Vec::with_capacity(group.log.len());
-        let mut replies = Vec::with_capacity(appends.len());
-        for (append, decision) in appends.into_iter().zip(group.decisions) {
-            self.count(&append, &decision);
-            if let (Ok(Reply { outcome: Outcome::Stored { .. }, .. }), Ok(CheckedBatch { bytes, sensors, .. })) = (&decision, append.batch)
-            {
-                let Append { device, receive_time, .. } = append;
-                self.latest.add(position, &device, sensors);
-                entries.push(TailEntry { position, device, receive_time, batch: bytes });
-                position = Position(position.0 + 1);
-            }
-            replies.push((append.reply, decision));
+        self.metrics.count(&waiting, &group.decisions);
+        let mut tail = Vec::with_capacity(rows.len());
+        let (mut runs, mut replies) = (Vec::with_capacity(waiting.len()), Vec::with_capacity(waiting.len()));
+        for Submitted { run, reply, .. } in waiting {
+            runs.push(run);
+            replies.push(reply);
         }
-        for (reply, decision) in replies {
-            // The caller may be gone; the batch is stored all the same, and a duplicate when it comes again.
+        let mut latest = Vec::with_capacity(rows.len());
+        for (position, (entry, row)) in (first.0..).map(Position).zip(group.entries.iter().zip(rows)) {
+            let run = &mut runs[entry.run];
+            for batch in &mut run.batches[entry.batches.clone()] {
+                latest.push((position, run.device.clone(), batch.take_sensors()));
+            }
+            tail.push(TailEntry {
+                position,
+                device: run.device.clone(),
+                receive_time: row.receive_time,
+                batches: row.batches as u64,
+                batch: row.batch,
+            });
+        }
+        self.latest.add(latest);
+        for (reply, decision) in replies.into_iter().zip(group.decisions) {
+            // The caller may be gone; the batches are stored all the same, and duplicates when they come again.
             let _ = reply.send(decision);
         }
-        self.tail.publish(entries);
-    }
-
-    fn count(&self, append: &Append, decision: &Result<Reply, Error>) {
-        let readings = append.readings();
-        match decision.as_ref().map(|reply| &reply.outcome) {
-            Ok(Outcome::Stored { .. }) => {
-                self.metrics.stored_batches.increment(1);
-                self.metrics.stored_readings.increment(readings);
-                self.metrics.stored_bytes.increment(append.bytes.len() as u64);
-            }
-            Ok(Outcome::Duplicate { .. }) => {
-                self.metrics.duplicate_batches.increment(1);
-                self.metrics.duplicate_readings.increment(readings);
-            }
-            Ok(Outcome::Rejected(reject)) => {
-                self.metrics.rejected(reject.reason, readings);
-                tracing::warn!(device = %append.device.id, stream_id = %append.stream_id, sequence = append.sequence, %reject, "batch.rejected");
-            }
-            Ok(Outcome::Gap { .. }) => self.metrics.sequence_gaps.increment(1),
-            Err(_) => {}
-        }
+        self.tail.publish(tail);
     }
 
     /// Answers all that waits with UNAVAILABLE.
-    fn refuse(&mut self, waiting: &mut Vec<Append>) {
-        while let Ok(append) = self.receiver.try_recv() {
-            waiting.push(append);
+    fn refuse(&mut self, waiting: &mut Vec<Submitted>) {
+        while let Ok(submitted) = self.receiver.try_recv() {
+            waiting.push(submitted);
         }
-        self.metrics.unavailable_batches.increment(waiting.len() as u64);
-        for append in waiting.drain(..) {
-            let _ = append.reply.send(Err(Error::StoreUnavailable));
+        for Submitted { run, reply, .. } in waiting.drain(..) {
+            self.metrics.unavailable_batches.increment(run.len() as u64);
+            let _ = reply.send(Err(Error::StoreUnavailable));
         }
     }
 
@@ -316,8 +302,8 @@ impl Writer {
         loop {
             tokio::select! {
                 received = self.receiver.recv() => match received {
-                    Some(append) => {
-                        waiting.push(append);
+                    Some(submitted) => {
+                        waiting.push(submitted);
                         self.refuse(&mut waiting);
                     }
                     None => return,
@@ -343,11 +329,11 @@ impl Writer {
             let Some(last) = rows.last() else { break };
             told = last.position;
             let mut entries = Vec::with_capacity(rows.len());
-            for LogRow { position, device, receive_time, batch } in rows {
+            for LogRow { position, device, receive_time, batches, batch } in rows {
                 if let Some(device) = self.registry.by_key(device).await? {
                     // The batch may have brought some that the registry was not told of.
                     device.learn(self.store.sensors(device.key).await?);
-                    entries.push(TailEntry { position, device, receive_time, batch });
+                    entries.push(TailEntry { position, device, receive_time, batches, batch });
                 }
             }
             self.tail.publish(entries);
@@ -359,10 +345,11 @@ impl Writer {
 /// What one transaction is to do.
 #[derive(Default)]
 struct Group {
-    decisions: Vec<Result<Reply, Error>>,
+    // Of each run.
+    decisions: Vec<Result<Vec<Reply>, Error>>,
     // In the order of streams, so that rows are locked in one order where several gateways write.
-    streams: BTreeMap<(DeviceKey, StreamId), Staged>,
-    log: Vec<NewLogRow>,
+    streams: BTreeMap<(DeviceKey, StreamId), StreamChange>,
+    entries: Vec<Entry>,
     rejections: Vec<NewRejection>,
     sensors: HashMap<DeviceKey, StagedSensors>,
     no_sensors: HashMap<String, SensorRow>,
@@ -370,23 +357,110 @@ struct Group {
 
 impl Group {
     fn is_empty(&self) -> bool {
-        !self.streams.values().any(|staged| changes_anything(&staged.change))
+        !self.streams.values().any(changes_anything)
+    }
+
+    /// Adds an entry, as part of the last one if it goes on where that one ends.
+    fn add_entry(&mut self, entry: Entry) {
+        match self.entries.last_mut() {
+            Some(last) if last.goes_on_with(&entry) => last.extend(&entry),
+            _ => self.entries.push(entry),
+        }
+    }
+}
+
+/// An entry of the log: consecutive batches of one run. Encoded batches one behind the other are one batch with the frames
+/// of all (protobuf concatenates repeated fields), so that nothing is encoded again.
+struct Entry {
+    run: usize,
+    batches: Range<usize>,
+    bytes: Range<usize>,
+    stream_key: i64,
+    last_sequence: u64,
+    summary: BatchSummary,
+}
+
+impl Entry {
+    fn new(run: usize, number: usize, stream_key: i64, batch: &RunBatch, summary: BatchSummary) -> Self {
+        Self { run, batches: number..number + 1, bytes: batch.range.clone(), stream_key, last_sequence: batch.sequence, summary }
+    }
+
+    fn goes_on_with(&self, next: &Self) -> bool {
+        self.run == next.run && self.batches.end == next.batches.start && self.last_sequence + 1 == next.last_sequence
+    }
+
+    fn extend(&mut self, next: &Self) {
+        self.batches.end = next.batches.end;
+        self.bytes.end = next.bytes.end;
+        self.last_sequence = next.last_sequence;
+        self.summary = self.summary.and(next.summary);
+    }
+
+    fn row(&self, Submitted { run, bytes, .. }: &Submitted) -> NewLogRow {
+        NewLogRow {
+            device: run.device.key,
+            stream_key: self.stream_key,
+            batches: self.batches.len(),
+            last_sequence: self.last_sequence,
+            receive_time: run.receive_time,
+            summary: self.summary,
+            batch: bytes.slice(self.bytes.clone()),
+        }
     }
 }
 
 struct Committed {
+    // The position of the first of the rows.
     first: Position,
+    rows: Vec<NewLogRow>,
     group: Group,
 }
 
-struct Staged {
-    change: StreamChange,
+fn unchanged(row: StreamRow) -> StreamChange {
+    let (sequence_before, sequence_after) = (row.last_sequence, row.last_sequence);
+    StreamChange { key: row.key, sequence_before, sequence_after, ..StreamChange::default() }
 }
 
-impl Staged {
-    fn at(row: StreamRow) -> Self {
-        let (sequence_before, sequence_after) = (row.last_sequence, row.last_sequence);
-        Self { change: StreamChange { key: row.key, sequence_before, sequence_after, ..StreamChange::default() } }
+/// Where a batch stands in its stream.
+enum Place {
+    /// It is the next one.
+    Next,
+    /// It was dealt with before.
+    Known,
+    /// Others have to come before it.
+    Behind { expected: u64 },
+}
+
+/// Finds a batch's place, and moves the stream on if it is the next one.
+fn place(change: &mut StreamChange, batch: &RunBatch, receive_time: Timestamp) -> Place {
+    let last = change.sequence_after;
+    if batch.sequence <= last {
+        change.duplicate.add(batch.readings());
+        change.receive_micros = receive_time.micros();
+        return Place::Known;
+    }
+    // The sequences that the device says it lost close the hole before this one.
+    if batch.sequence - last > batch.lost_batches.saturating_add(1) {
+        return Place::Behind { expected: last + 1 };
+    }
+    let skipped = batch.sequence - last - 1;
+    change.lost.batches = change.lost.batches.saturating_add(skipped);
+    if skipped > 0 {
+        change.lost.readings = change.lost.readings.saturating_add(batch.lost_readings);
+    }
+    change.sequence_after = batch.sequence;
+    change.receive_micros = receive_time.micros();
+    Place::Next
+}
+
+fn rejection(run: &Run, stream_key: i64, batch: &RunBatch, reject: &BatchReject, bytes: &Bytes) -> NewRejection {
+    NewRejection {
+        device: run.device.key,
+        stream_key,
+        sequence: batch.sequence,
+        receive_time: run.receive_time,
+        reject: reject.clone(),
+        batch: bytes.slice(batch.range.clone()),
     }
 }
 

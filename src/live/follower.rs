@@ -70,13 +70,15 @@ pub enum Item {
         /// One reading a sensor, of some of its sensors.
         batch: pb::Batch,
     },
-    /// Readings of a stored batch.
+    /// Readings of a stored entry of the log.
     Readings {
         /// The device.
         device: DeviceId,
-        /// When the batch came in.
+        /// When it came in.
         receive_time: Timestamp,
-        /// The batch, less what the follower does not want.
+        /// How many batches it holds.
+        batches: u64,
+        /// The batches, less what the follower does not want.
         batch: Bytes,
         /// Where it stands.
         position: Position,
@@ -223,7 +225,7 @@ impl Follower {
     }
 
     async fn show_latest(&mut self, latest: &DeviceLatest) -> Result<(), Failure> {
-        if let Some(device) = self.device(latest.device).await?
+        if let Some(device) = self.device(latest.device.key).await?
             && self.filter.wants_device(&device)
         {
             let batches = latest.batches(|sensor| self.filter.wants_sensor(sensor));
@@ -235,7 +237,7 @@ impl Follower {
     fn take_entries(&mut self, entries: Vec<TailEntry>) -> Result<(), Failure> {
         for entry in entries {
             self.cursor = entry.position;
-            self.show(&entry.device, entry.position, entry.receive_time, entry.batch)?;
+            self.show(entry)?;
         }
         Ok(())
     }
@@ -251,17 +253,18 @@ impl Follower {
             // The rows up to where the tail began are gone with their devices: go on there.
             self.cursor = self.cursor.max(tail_begins_after);
         }
-        for LogRow { position, device, receive_time, batch } in rows {
+        for LogRow { position, device, receive_time, batches, batch } in rows {
             self.cursor = position;
             if let Some(device) = self.device(device).await? {
-                self.show(&device, position, receive_time, batch)?;
+                self.show(TailEntry { position, device, receive_time, batches, batch })?;
             }
         }
         Ok(())
     }
 
-    fn show(&mut self, device: &Device, position: Position, receive_time: Timestamp, batch: Bytes) -> Result<(), Failure> {
-        if !self.filter.wants_device(device) {
+    fn show(&mut self, entry: TailEntry) -> Result<(), Failure> {
+        let TailEntry { position, device, receive_time, batches, batch } = entry;
+        if !self.filter.wants_device(&device) {
             return Ok(());
         }
         let left = if self.filter.sensors.is_empty() {
@@ -271,7 +274,7 @@ impl Follower {
             retain_columns(batch, |sensor| self.filter.wants_sensor(sensor)).map_err(damaged)?
         };
         if let Some(batch) = left {
-            self.ready.push_back(Item::Readings { device: device.id.clone(), receive_time, batch, position });
+            self.ready.push_back(Item::Readings { device: device.id.clone(), receive_time, batches, batch, position });
         }
         Ok(())
     }

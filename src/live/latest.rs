@@ -2,14 +2,14 @@
 //! whole log.
 
 use crate::{
-    fleet::{Device, Registry},
+    fleet::{Device, Registry, Sensors},
     model::{
         DeviceId, Position, Timestamp,
-        batch::{SensorUse, decode_stored},
+        batch::{BatchSensors, LatestReading, decode_stored},
         columns::{Value, Values},
     },
     pb,
-    store::{DeviceKey, LatestRow, LogRow, Store, StoreError},
+    store::{DeviceKey, LatestRow, LogRow, SensorRow, Store, StoreError},
 };
 use parking_lot::Mutex;
 use prost::Message;
@@ -46,21 +46,20 @@ struct State {
 /// The latest readings of a device as of one moment.
 #[derive(Clone)]
 pub struct DeviceLatest {
-    /// The device's number. What else is to know of it the registry knows.
-    pub device: DeviceKey,
-    id: DeviceId,
+    /// The device, as the last batch that was added had it.
+    pub device: Arc<Device>,
     // Of the last batch that was added.
     position: Position,
-    // Copied by the writer's next change while somebody reads it.
-    sensors: Arc<BTreeMap<Arc<str>, Arc<Reading>>>,
+    // By sensor number. Copied by the writer's next change while somebody reads it.
+    readings: Arc<Vec<Reading>>,
 }
 
+#[derive(Clone)]
 struct Reading {
     sensor_key: i64,
-    unit: String,
     time: Timestamp,
     value: Value,
-    // Of the batch that it came with.
+    // Of the entry that it came with.
     position: Position,
 }
 
@@ -71,7 +70,7 @@ impl Latest {
         let (saved, rows) = store.latest().await?;
         for LatestRow { device, batch, .. } in rows {
             if let Some(device) = registry.by_key(device).await? {
-                state.add(&device, stored_readings(&device, batch, saved)?, saved);
+                state.add(&device, stored_readings(&device, batch)?, saved);
             }
         }
         state.position = saved;
@@ -89,28 +88,36 @@ impl Latest {
             behind = last.position;
             for LogRow { position, device, batch, .. } in rows {
                 let Some(device) = registry.by_key(device).await? else { continue };
-                let readings = stored_readings(&device, batch, position)?;
+                let readings = stored_readings(&device, batch)?;
                 self.state.lock().add(&device, readings, position);
             }
             self.state.lock().position = behind;
         }
     }
 
-    /// Takes over a committed batch; positions must come in order.
-    pub fn add(&self, position: Position, device: &Device, sensors: BTreeMap<String, SensorUse>) {
-        let readings = sensors.into_iter().filter_map(|(name, used)| {
-            let reading = Reading::new(device, &name, used.latest_time, used.latest_value, position)?;
-            Some((name, reading))
-        });
-        let readings = readings.collect();
+    /// Takes over committed batches with the positions of their entries, which must come in order.
+    pub fn add(&self, batches: impl IntoIterator<Item = (Position, Arc<Device>, BatchSensors)>) {
         let mut state = self.state.lock();
-        state.position = position;
-        state.add(device, readings, position);
+        for (position, device, sensors) in batches {
+            state.position = position;
+            match sensors {
+                BatchSensors::Known(latest) => state.add(&device, latest, position),
+                BatchSensors::New(sensors) => {
+                    // A batch's sensors are in the registry before the batch is anywhere.
+                    let known = device.sensors();
+                    let latest = sensors.into_iter().filter_map(|(name, used)| {
+                        let sensor_key = known.get(&name)?.key;
+                        Some(LatestReading { sensor_key, time: used.latest_time, value: used.latest_value })
+                    });
+                    state.add(&device, latest, position);
+                }
+            }
+        }
     }
 
     /// The latest readings of the devices that are `wanted`, and the position that they are as of.
     pub fn snapshot(&self, wanted: impl Fn(&DeviceId) -> bool) -> (Position, Vec<DeviceLatest>) {
-        self.state.lock().select(|latest| wanted(&latest.id))
+        self.state.lock().select(|latest| wanted(&latest.device.id))
     }
 
     /// Forgets a deleted device.
@@ -159,35 +166,44 @@ impl State {
         (self.position, self.devices.values().filter(|latest| wanted(latest)).cloned().collect())
     }
 
-    fn add(&mut self, device: &Device, readings: Vec<(String, Arc<Reading>)>, position: Position) {
+    fn add(&mut self, device: &Arc<Device>, latest: impl IntoIterator<Item = LatestReading>, position: Position) {
         // Looked at under the lock: what came in after `forget` would stay for good.
         if device.is_deleted() {
             return;
         }
-        let new = || DeviceLatest { device: device.key, id: device.id.clone(), position, sensors: Arc::default() };
-        let latest = self.devices.entry(device.key).or_insert_with(new);
-        latest.position = position;
-        let sensors = Arc::make_mut(&mut latest.sensors);
-        for (name, reading) in readings {
-            match sensors.get_mut(name.as_str()) {
-                Some(latest) if latest.time > reading.time => {}
-                Some(latest) => *latest = reading,
-                None => {
-                    sensors.insert(name.into(), reading);
-                }
+        let new = || DeviceLatest { device: device.clone(), position, readings: Arc::default() };
+        let found = self.devices.entry(device.key).or_insert_with(new);
+        found.position = position;
+        // After a failed commit the registry has another one, which knows all sensors.
+        if !Arc::ptr_eq(&found.device, device) {
+            found.device = device.clone();
+        }
+        let readings = Arc::make_mut(&mut found.readings);
+        let mut next = 0;
+        for LatestReading { sensor_key, time, value } in latest {
+            let reading = Reading { sensor_key, time, value, position };
+            // Batches name their sensors mostly in the order of these.
+            let is_next = readings.get(next).is_some_and(|reading| reading.sensor_key == sensor_key);
+            let found = if is_next { Ok(next) } else { readings.binary_search_by_key(&sensor_key, |reading| reading.sensor_key) };
+            match found {
+                Ok(index) if readings[index].time > time => {}
+                Ok(index) => readings[index] = reading,
+                Err(index) => readings.insert(index, reading),
             }
+            next = found.unwrap_or_else(|index| index) + 1;
         }
     }
 }
 
-/// The latest reading of each column of a stored batch.
-fn stored_readings(device: &Device, batch: bytes::Bytes, position: Position) -> Result<Vec<(String, Arc<Reading>)>, StoreError> {
+/// The latest reading of each column of a stored entry.
+fn stored_readings(device: &Device, batch: bytes::Bytes) -> Result<Vec<LatestReading>, StoreError> {
     let columns = decode_stored(batch, |_| true).map_err(|why| StoreError::Damaged(format!("a batch of {}: {why}", device.id)))?;
+    let known = device.sensors();
     let readings = columns.into_iter().filter_map(|column| {
         // The last row of the latest time, as when the batch came in.
         let (row, &time) = column.times.iter().enumerate().max_by_key(|(_, time)| **time)?;
-        let reading = Reading::new(device, &column.sensor, Timestamp::from_micros(time)?, column.values.get(row)?, position)?;
-        Some((column.sensor, reading))
+        let sensor_key = known.get(&column.sensor)?.key;
+        Some(LatestReading { sensor_key, time: Timestamp::from_micros(time)?, value: column.values.get(row)? })
     });
     Ok(readings.collect())
 }
@@ -195,10 +211,13 @@ fn stored_readings(device: &Device, batch: bytes::Bytes, position: Position) -> 
 impl DeviceLatest {
     /// The readings of the sensors that are `wanted`, a frame for each time, in batches of about [`pb::MESSAGE_BYTES`] at the most.
     pub fn batches(&self, wanted: impl Fn(&str) -> bool) -> Vec<pb::Batch> {
+        let known = self.device.sensors();
+        let mut named: Vec<(&SensorRow, &Reading)> = self.named(&known).filter(|(sensor, _)| wanted(&sensor.name)).collect();
+        named.sort_unstable_by(|(a, _), (b, _)| a.name.cmp(&b.name));
         let (mut batches, mut frames, mut bytes) = (Vec::new(), BTreeMap::new(), 0);
-        for (name, reading) in self.sensors.iter().filter(|(name, _)| wanted(name)) {
+        for (sensor, reading) in named {
             let frame = frames.entry(reading.time).or_insert_with(|| reading.frame());
-            let column = reading.column(name);
+            let column = reading.column(sensor);
             bytes += column.encoded_len();
             frame.columns.push(column);
             if bytes >= pb::MESSAGE_BYTES {
@@ -214,29 +233,28 @@ impl DeviceLatest {
 
     /// The rows of the readings that came `behind` a position.
     fn rows(&self, behind: Position) -> Vec<LatestRow> {
-        let changed = self.sensors.iter().filter(|(_, reading)| reading.position > behind);
-        let rows = changed.map(|(name, reading)| {
-            let frame = pb::Frame { columns: vec![reading.column(name)], ..reading.frame() };
+        let known = self.device.sensors();
+        let changed = self.named(&known).filter(|(_, reading)| reading.position > behind);
+        let rows = changed.map(|(sensor, reading)| {
+            let frame = pb::Frame { columns: vec![reading.column(sensor)], ..reading.frame() };
             let batch = pb::Batch { frames: vec![frame] }.encode_to_vec().into();
-            LatestRow { sensor_key: reading.sensor_key, device: self.device, time: reading.time, batch }
+            LatestRow { sensor_key: reading.sensor_key, device: self.device.key, time: reading.time, batch }
         });
         rows.collect()
+    }
+
+    fn named<'a>(&'a self, known: &'a Sensors) -> impl Iterator<Item = (&'a SensorRow, &'a Reading)> {
+        self.readings.iter().filter_map(|reading| Some((known.by_key(reading.sensor_key)?, reading)))
     }
 }
 
 impl Reading {
-    fn new(device: &Device, sensor: &str, time: Timestamp, value: Value, position: Position) -> Option<Arc<Self>> {
-        // A batch's sensors are in the registry before the batch is anywhere.
-        let sensor = device.sensor(sensor)?;
-        Some(Arc::new(Self { sensor_key: sensor.key, unit: sensor.unit, time, value, position }))
-    }
-
     fn frame(&self) -> pb::Frame {
         pb::Frame { base_time_us: self.time.micros(), ..Default::default() }
     }
 
-    fn column(&self, sensor: &str) -> pb::Column {
+    fn column(&self, sensor: &SensorRow) -> pb::Column {
         let values: Values = self.value.clone().into();
-        pb::Column { sensor: sensor.to_owned(), unit: self.unit.clone(), values: Some(values.into()) }
+        pb::Column { sensor: sensor.name.clone(), unit: sensor.unit.clone(), values: Some(values.into()) }
     }
 }

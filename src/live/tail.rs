@@ -16,7 +16,7 @@ use tokio::sync::watch;
 /// What an entry costs besides its batch's bytes.
 const ENTRY_OVERHEAD_BYTES: usize = 128;
 
-/// A committed batch.
+/// A committed entry of the log.
 #[derive(Clone)]
 pub struct TailEntry {
     /// Its place in the log.
@@ -25,7 +25,9 @@ pub struct TailEntry {
     pub device: Arc<Device>,
     /// When it came in.
     pub receive_time: Timestamp,
-    /// Its bytes.
+    /// How many batches it holds.
+    pub batches: u64,
+    /// Their bytes, one behind the other.
     pub batch: Bytes,
 }
 

@@ -6,7 +6,7 @@ use crate::{
     fleet::{Device, Registry},
     model::{
         BatchSummary, CheckedBatch, DeviceId, Position, Timestamp, ValueKind,
-        batch::{BatchLimits, SensorUse, decode_stored},
+        batch::{BatchLimits, BatchSensors, decode_stored},
         columns::Values,
     },
     pb,
@@ -15,11 +15,7 @@ use crate::{
 use bytes::Bytes;
 use prost::Message;
 use sqlx::{ConnectOptions, Connection, sqlite::SqliteConnectOptions};
-use std::{
-    collections::{BTreeMap, HashSet},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
@@ -59,7 +55,8 @@ impl Fixture {
             .map(|(sequence, batch)| NewLogRow {
                 device: device.key,
                 stream_key: 1,
-                sequence,
+                batches: 1,
+                last_sequence: sequence,
                 receive_time: time,
                 summary,
                 batch: batch.clone(),
@@ -92,7 +89,7 @@ fn batch(sensors: &[String], seconds: i64, value: f64) -> Bytes {
     pb::Batch { frames: vec![frame] }.encode_to_vec().into()
 }
 
-fn uses(batch: Bytes) -> BTreeMap<String, SensorUse> {
+fn sensors_of(device: &Device, batch: Bytes) -> BatchSensors {
     let limits = BatchLimits {
         bytes_max: 1 << 20,
         readings_max: 100_000,
@@ -100,7 +97,12 @@ fn uses(batch: Bytes) -> BTreeMap<String, SensorUse> {
         time_skew_max: Duration::ZERO,
         reading_age_max: Duration::ZERO,
     };
-    CheckedBatch::check(batch, &limits, Timestamp::now()).expect("good").sensors
+    CheckedBatch::check(&batch, &limits, Timestamp::now(), device.sensors().finder()).expect("good").sensors
+}
+
+/// A batch was committed at a position.
+fn add(latest: &Latest, position: i64, device: &Arc<Device>, batch: Bytes) {
+    latest.add([(Position(position), device.clone(), sensors_of(device, batch))]);
 }
 
 fn names(count: usize) -> Vec<String> {
@@ -138,6 +140,7 @@ async fn a_replay_of_which_nothing_is_wanted_has_heartbeats_that_move_on() {
         position,
         device: device.clone(),
         receive_time: Timestamp::now(),
+        batches: 1,
         batch: batch.clone(),
     }));
     for tail in [in_store, in_memory] {
@@ -175,11 +178,11 @@ async fn only_wanted_devices_are_in_a_snapshot_and_it_stays_as_it_was() {
     let sensors = names(1);
     let latest = Latest::default();
     let (a, b) = (fixture.device("a", &sensors).await, fixture.device("b", &sensors).await);
-    latest.add(Position(1), &a, uses(batch(&sensors, 5, 1.0)));
-    latest.add(Position(2), &b, uses(batch(&sensors, 5, 1.0)));
+    add(&latest, 1, &a, batch(&sensors, 5, 1.0));
+    add(&latest, 2, &b, batch(&sensors, 5, 1.0));
     let (position, found) = latest.snapshot(|id| *id == b.id);
-    latest.add(Position(3), &b, uses(batch(&sensors, 6, 2.0)));
-    assert_eq!((position, found.len(), found[0].device), (Position(2), 1, b.key));
+    add(&latest, 3, &b, batch(&sensors, 6, 2.0));
+    assert_eq!((position, found.len(), found[0].device.key), (Position(2), 1, b.key));
     let times = |devices: &[super::DeviceLatest]| devices[0].batches(|_| true)[0].frames[0].base_time_us;
     assert_eq!(times(&found), 5_000_000);
     assert_eq!(times(&latest.snapshot(|id| *id == b.id).1), 6_000_000);
@@ -194,10 +197,10 @@ async fn nothing_of_a_deleted_device_is_kept_or_saved() {
     // Its batch was under way when it was deleted.
     fixture.registry.delete(&late, None, || ()).await.expect("deleted");
     latest.forget(late.key);
-    latest.add(Position(1), &late, uses(batch(&sensors, 5, 1.0)));
+    add(&latest, 1, &late, batch(&sensors, 5, 1.0));
     assert_eq!(shown(&latest), []);
     // It was deleted when its reading was about to be saved.
-    latest.add(Position(2), &saved_late, uses(batch(&sensors, 5, 1.0)));
+    add(&latest, 2, &saved_late, batch(&sensors, 5, 1.0));
     fixture.registry.delete(&saved_late, None, || ()).await.expect("deleted");
     fixture.store.purge_deleted().await.expect("purged");
     latest.save(&fixture.store).await.expect("saved");

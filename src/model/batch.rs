@@ -1,12 +1,14 @@
 //! A batch as it came in: the check of its bytes, and what the check learned.
 //!
-//! The bytes themselves are what is stored and shown to followers; they are decoded here once, and later only by who
-//! needs single readings.
+//! The bytes themselves are what is stored and shown to followers. Nearly all batches are of sensors that their device is known
+//! to have and are well formed: these are checked where they lie, without decoding them. All others are decoded, to learn new
+//! sensors or to say what is wrong.
 
 use super::{
     Timestamp, ValueKind,
     columns::{Value, Values, times_from_deltas},
     ids::quoted,
+    scan::{self, Unusual},
     units::UNIT_BYTES_MAX,
 };
 use crate::pb;
@@ -77,6 +79,17 @@ pub struct BatchSummary {
     pub last_time: Timestamp,
 }
 
+impl BatchSummary {
+    /// The extent of both together.
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            readings: self.readings.saturating_add(other.readings),
+            first_time: self.first_time.min(other.first_time),
+            last_time: self.last_time.max(other.last_time),
+        }
+    }
+}
+
 /// What a batch says of one sensor.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SensorUse {
@@ -94,33 +107,155 @@ pub struct SensorUse {
     pub latest_value: Value,
 }
 
-/// A batch that is well formed. Whether its device's sensors agree with it is for the registry to say.
+/// A sensor that the device has, of the kind and the unit that a column says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KnownSensor {
+    /// Its number in the store.
+    pub key: i64,
+    /// Whether NaN and the infinities are stored.
+    pub allow_non_finite: bool,
+}
+
+/// The latest reading of one column: of several at that time the last.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LatestReading {
+    /// The sensor's number in the store.
+    pub sensor_key: i64,
+    /// The reading's time.
+    pub time: Timestamp,
+    /// Its value.
+    pub value: Value,
+}
+
+/// The sensors of a batch.
+#[derive(Debug, Clone, PartialEq)]
+pub enum BatchSensors {
+    /// The device has all of them, as the batch says: nothing is left to be judged. For each column its latest reading.
+    Known(Vec<LatestReading>),
+    /// Whether the device's sensors agree with them is for the registry to say. By name.
+    New(BTreeMap<String, SensorUse>),
+}
+
+/// A batch that is well formed.
 #[derive(Debug, Clone)]
 pub struct CheckedBatch {
-    /// The bytes that were received.
-    pub bytes: Bytes,
     /// The extent.
     pub summary: BatchSummary,
-    /// The sensors, by name.
-    pub sensors: BTreeMap<String, SensorUse>,
+    /// The sensors.
+    pub sensors: BatchSensors,
 }
 
 impl CheckedBatch {
-    /// Checks all that can be seen from the batch alone; `received` is the gateway's clock.
-    pub fn check(bytes: Bytes, limits: &BatchLimits, received: Timestamp) -> Result<Self, BatchReject> {
+    /// Checks a batch. `received` is the gateway's clock; `known` finds the sensor of a column in what is known of the device,
+    /// if it is there, of that kind and unit.
+    pub fn check(
+        bytes: &Bytes,
+        limits: &BatchLimits,
+        received: Timestamp,
+        known: impl FnMut(&scan::Column<'_>) -> Option<KnownSensor>,
+    ) -> Result<Self, BatchReject> {
         if bytes.len() > limits.bytes_max {
             return Err(reject(RejectReason::TooLarge, "", format!("{} bytes: at most {} are taken", bytes.len(), limits.bytes_max)));
         }
+        match check_in_place(bytes, limits, received, known) {
+            Ok((summary, latest)) => Ok(Self { summary, sensors: BatchSensors::Known(latest) }),
+            Err(Unusual) => Self::decode_and_check(bytes, limits, received),
+        }
+    }
+
+    /// Checks all that can be seen from the batch alone.
+    fn decode_and_check(bytes: &Bytes, limits: &BatchLimits, received: Timestamp) -> Result<Self, BatchReject> {
         let size = bytes.len();
         let batch = pb::Batch::decode(bytes.clone())
             .map_err(|why| reject(RejectReason::Malformed, "", format!("the bytes are not a tidegate.v1.Batch: {why}")))?;
         let readings = batch.frames.iter().map(|frame| (frame.time_deltas_us.len() + 1).saturating_mul(frame.columns.len()));
         let readings = readings.fold(0_usize, usize::saturating_add);
         check_decoded(batch, readings, limits, received)
-            .map(|(summary, sensors)| Self { bytes, summary, sensors })
+            .map(|(summary, sensors)| Self { summary, sensors: BatchSensors::New(sensors) })
             // Columns may be shorter than they should be, but no reading takes less than a byte.
             .map_err(|reject| BatchReject { readings: readings.min(size) as u64, ..reject })
     }
+}
+
+impl BatchLimits {
+    /// The earliest and the latest time that are taken now.
+    fn times(&self, received: Timestamp) -> (Timestamp, Timestamp) {
+        let earliest = if self.reading_age_max.is_zero() { Timestamp::MIN } else { received.saturating_sub(self.reading_age_max) };
+        (earliest, received.saturating_add(self.time_skew_max))
+    }
+}
+
+/// Whether all is as it should be, read from the bytes as they are. What is not is for [`CheckedBatch::decode_and_check`] to name.
+fn check_in_place(
+    bytes: &[u8],
+    limits: &BatchLimits,
+    received: Timestamp,
+    mut known: impl FnMut(&scan::Column<'_>) -> Option<KnownSensor>,
+) -> Result<(BatchSummary, Vec<LatestReading>), Unusual> {
+    let (earliest, latest_time) = limits.times(received);
+    let (mut readings, mut first, mut last) = (0_usize, i64::MAX, i64::MIN);
+    let mut latest: Vec<LatestReading> = Vec::with_capacity(16);
+    for frame in scan::frames(bytes) {
+        let frame = frame?;
+        let times = frame.sum_up_times()?;
+        (first, last) = (first.min(times.first), last.max(times.last));
+        let time = Timestamp::from_micros(times.last).ok_or(Unusual)?;
+        let (columns_before, mut highest_key) = (latest.len(), i64::MIN);
+        for column in frame.columns() {
+            let column = column?;
+            let KnownSensor { key, allow_non_finite } = known(&column).ok_or(Unusual)?;
+            // A frame names its sensors mostly in the order of their numbers, so that few have to be looked for.
+            if key <= highest_key && latest[columns_before..].iter().any(|before| before.sensor_key == key) {
+                return Err(Unusual);
+            }
+            highest_key = highest_key.max(key);
+            let value = check_values(&column.values, times.rows, times.last_row, allow_non_finite)?;
+            latest.push(LatestReading { sensor_key: key, time, value });
+        }
+        let columns = latest.len() - columns_before;
+        readings = readings.saturating_add(times.rows.saturating_mul(columns));
+        if columns == 0 || readings > limits.readings_max {
+            return Err(Unusual);
+        }
+    }
+    if readings == 0 || first < earliest.micros() || last > latest_time.micros() {
+        return Err(Unusual);
+    }
+    let time = |micros| Timestamp::from_micros(micros).ok_or(Unusual);
+    let summary =
+        BatchSummary { readings: u32::try_from(readings).map_err(|_| Unusual)?, first_time: time(first)?, last_time: time(last)? };
+    Ok((summary, latest))
+}
+
+/// Whether a column has `rows` values that can be stored; the one of `latest_row`.
+fn check_values(values: &scan::RawValues<'_>, rows: usize, latest_row: usize, allow_non_finite: bool) -> Result<Value, Unusual> {
+    match values.kind {
+        ValueKind::Double => {
+            let mut values = values.doubles()?;
+            let is_good = values.len() == rows && (allow_non_finite || values.clone().all(f64::is_finite));
+            let latest = values.nth(latest_row).ok_or(Unusual)?;
+            if is_good { Ok(Value::Double(latest)) } else { Err(Unusual) }
+        }
+        ValueKind::Int64 => nth_of_exactly(rows, latest_row, values.integers()).map(Value::Int64),
+        ValueKind::Bool => nth_of_exactly(rows, latest_row, values.integers()).map(|value| Value::Bool(value != 0)),
+        ValueKind::Text => {
+            let texts =
+                values.texts().map(|text| text.and_then(|text| if text.len() <= TEXT_VALUE_BYTES_MAX { Ok(text) } else { Err(Unusual) }));
+            nth_of_exactly(rows, latest_row, texts).map(|text| Value::Text(text.to_owned()))
+        }
+    }
+}
+
+fn nth_of_exactly<T>(rows: usize, row: usize, values: impl Iterator<Item = Result<T, Unusual>>) -> Result<T, Unusual> {
+    let (mut count, mut found) = (0, None);
+    for value in values {
+        let value = value?;
+        if count == row {
+            found = Some(value);
+        }
+        count += 1;
+    }
+    found.filter(|_| count == rows).ok_or(Unusual)
 }
 
 fn reject(reason: RejectReason, field: impl Into<String>, message: impl Into<String>) -> BatchReject {
@@ -136,8 +271,7 @@ fn check_decoded(
     if readings > limits.readings_max {
         return Err(reject(RejectReason::TooLarge, "", format!("{readings} readings: at most {} are taken", limits.readings_max)));
     }
-    let latest_allowed = received.saturating_add(limits.time_skew_max);
-    let earliest_allowed = if limits.reading_age_max.is_zero() { Timestamp::MIN } else { received.saturating_sub(limits.reading_age_max) };
+    let (earliest_allowed, latest_allowed) = limits.times(received);
 
     let mut extent: Option<(Timestamp, Timestamp)> = None;
     let mut sensors = BTreeMap::new();

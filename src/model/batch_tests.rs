@@ -26,11 +26,17 @@ fn check(frames: Vec<pb::Frame>) -> Result<CheckedBatch, BatchReject> {
 
 fn check_with(limits: &BatchLimits, frames: Vec<pb::Frame>) -> Result<CheckedBatch, BatchReject> {
     let bytes = pb::Batch { frames }.encode_to_vec().into();
-    CheckedBatch::check(bytes, limits, Timestamp::from_micros(NOW).expect("in range"))
+    CheckedBatch::check(&bytes, limits, Timestamp::from_micros(NOW).expect("in range"), |_| None)
+}
+
+/// The sensors of a batch whose device has none yet.
+fn new_sensors(checked: &CheckedBatch) -> &BTreeMap<String, SensorUse> {
+    let BatchSensors::New(sensors) = &checked.sensors else { panic!("the device has no sensors") };
+    sensors
 }
 
 #[test]
-fn a_good_batch_is_summed_up_and_its_bytes_kept() {
+fn a_good_batch_is_summed_up() {
     let frames = vec![
         frame(
             NOW,
@@ -39,18 +45,16 @@ fn a_good_batch_is_summed_up_and_its_bytes_kept() {
         ),
         frame(NOW + 10, &[], vec![column("t", "", Values::Double(vec![4.0]))]),
     ];
-    let bytes = pb::Batch { frames: frames.clone() }.encode_to_vec();
     let checked = check(frames).expect("good");
-    assert_eq!(checked.bytes, bytes);
     assert_eq!(checked.summary.readings, 7);
     assert_eq!((checked.summary.first_time.micros(), checked.summary.last_time.micros()), (NOW - 10, NOW + 10));
-    let t = &checked.sensors["t"];
+    let t = &new_sensors(&checked)["t"];
     assert_eq!(
         (t.unit.as_str(), t.kind, &t.latest_value),
         ("Cel", ValueKind::Double, &Value::Double(4.0)),
         "of one time the later in the batch"
     );
-    assert_eq!(checked.sensors["n"].latest_value, Value::Int64(2), "the latest time, not the last row");
+    assert_eq!(new_sensors(&checked)["n"].latest_value, Value::Int64(2), "the latest time, not the last row");
 }
 
 #[test]
@@ -107,10 +111,13 @@ fn every_fault_of_form_has_its_reason() {
 #[test]
 fn bytes_that_are_no_batch_are_malformed_and_too_many_are_too_large() {
     let now = Timestamp::from_micros(NOW).expect("in range");
-    let found = CheckedBatch::check(Bytes::from_static(&[0xff; 8]), &limits(), now).expect_err("no batch");
+    let found = CheckedBatch::check(&Bytes::from_static(&[0xff; 8]), &limits(), now, |_| None).expect_err("no batch");
     assert_eq!(found.reason, RejectReason::Malformed);
     let small = BatchLimits { bytes_max: 4, ..limits() };
-    assert_eq!(CheckedBatch::check(Bytes::from_static(&[0; 5]), &small, now).expect_err("too large").reason, RejectReason::TooLarge);
+    assert_eq!(
+        CheckedBatch::check(&Bytes::from_static(&[0; 5]), &small, now, |_| None).expect_err("too large").reason,
+        RejectReason::TooLarge
+    );
 }
 
 #[test]
@@ -129,8 +136,8 @@ fn non_finite_values_are_pointed_at() {
         vec![column("t", "", Values::Double(vec![1.0, f64::NAN])), column("u", "", Values::Double(vec![1.0, 2.0]))],
     )])
     .expect("form is good");
-    assert_eq!(checked.sensors["t"].non_finite.as_deref(), Some("frames[0].columns[0]"));
-    assert_eq!(checked.sensors["u"].non_finite, None);
+    assert_eq!(new_sensors(&checked)["t"].non_finite.as_deref(), Some("frames[0].columns[0]"));
+    assert_eq!(new_sensors(&checked)["u"].non_finite, None);
 }
 
 #[test]
@@ -149,4 +156,113 @@ fn columns_are_decoded_and_filtered() {
 fn reasons_have_names_both_ways() {
     assert_eq!(reason_name(RejectReason::NonFinite), "NON_FINITE");
     assert_eq!(reason_from_name("NON_FINITE"), Some(RejectReason::NonFinite));
+}
+
+/// What is asked of the two ways to check a batch: in place, where the device has the sensors, and decoded.
+mod in_place {
+    use super::*;
+    use proptest::prelude::*;
+
+    const ROWS_MAX: usize = 4;
+
+    fn values(rows: usize) -> impl Strategy<Value = Values> {
+        let doubles = prop_oneof![8 => any::<f64>(), 1 => Just(f64::NAN), 1 => Just(f64::INFINITY), 4 => Just(0.0)];
+        prop_oneof![
+            prop::collection::vec(doubles, rows).prop_map(Values::Double),
+            prop::collection::vec(any::<i64>(), rows).prop_map(Values::Int64),
+            prop::collection::vec(any::<bool>(), rows).prop_map(Values::Bool),
+            prop::collection::vec(".{0,3}", rows).prop_map(Values::Text),
+        ]
+    }
+
+    fn frames() -> impl Strategy<Value = Vec<pb::Frame>> {
+        let one = (0..ROWS_MAX).prop_flat_map(|deltas| {
+            let rows = prop_oneof![9 => Just(deltas + 1), 1 => 0..ROWS_MAX];
+            let column = (0..4_usize, 0..2_usize, rows.prop_flat_map(values));
+            let columns = prop::collection::vec(column, 0..4);
+            (NOW - 5..NOW + 5, prop::collection::vec(-3..3_i64, deltas), columns).prop_map(|(base, deltas, columns)| {
+                let columns = columns.into_iter().map(|(name, unit, values)| column_of(name, unit, values)).collect();
+                frame(base, &deltas, columns)
+            })
+        });
+        prop::collection::vec(one, 0..4)
+    }
+
+    fn column_of(name: usize, unit: usize, values: Values) -> pb::Column {
+        // A sensor's kind is part of its name, so that batches agree more often than not.
+        column(&format!("{}-{name}", values.kind()), ["", "Cel"][unit], values)
+    }
+
+    /// All sensors that the batches above may have, with the unit.
+    fn known(column: &scan::Column<'_>) -> Option<KnownSensor> {
+        let (kind, number) = std::str::from_utf8(column.sensor).ok()?.split_once('-')?;
+        let key = number.parse::<i64>().ok()? + 10 * i64::from(column.values.kind.code());
+        let agrees = kind == column.values.kind.as_str() && [b"".as_slice(), b"Cel"].contains(&column.unit);
+        agrees.then_some(KnownSensor { key, allow_non_finite: false })
+    }
+
+    /// The latest readings as the latest values take them over: of one time the later column.
+    fn latest(readings: impl IntoIterator<Item = LatestReading>) -> BTreeMap<i64, (Timestamp, String)> {
+        let mut latest = BTreeMap::new();
+        for LatestReading { sensor_key, time, value } in readings {
+            if latest.get(&sensor_key).is_none_or(|(earlier, _)| *earlier <= time) {
+                latest.insert(sensor_key, (time, format!("{value:?}")));
+            }
+        }
+        latest
+    }
+
+    fn key(name: &str, kind: ValueKind) -> i64 {
+        let number = name.rsplit('-').next().and_then(|number| number.parse::<i64>().ok());
+        number.expect("a number") + 10 * i64::from(kind.code())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+        #[test]
+        fn both_ways_come_to_the_same(frames in frames()) {
+            let bytes: Bytes = pb::Batch { frames }.encode_to_vec().into();
+            let now = Timestamp::from_micros(NOW).expect("in range");
+            let limits = BatchLimits { sensors_max: 100, time_skew_max: Duration::from_micros(4), ..limits() };
+            let decoded = CheckedBatch::check(&bytes, &limits, now, |_| None);
+            let in_place = check_in_place(&bytes, &limits, now, known);
+            match (decoded, in_place) {
+                (Ok(decoded), Ok((summary, found))) => {
+                    prop_assert_eq!(decoded.summary, summary);
+                    let uses = new_sensors(&decoded).iter().map(|(name, used)| LatestReading {
+                        sensor_key: key(name, used.kind),
+                        time: used.latest_time,
+                        value: used.latest_value.clone(),
+                    });
+                    prop_assert_eq!(latest(uses), latest(found));
+                }
+                // Whether infinities are allowed the decoded check leaves to the registry.
+                (Ok(decoded), Err(Unusual)) => {
+                    prop_assert!(new_sensors(&decoded).values().any(|used| used.non_finite.is_some()), "a good batch was found unusual");
+                }
+                (Err(reject), Ok(_)) => prop_assert!(false, "taken in place: {reject}"),
+                (Err(_), Err(Unusual)) => {}
+            }
+        }
+
+        /// Damaged bytes: what is taken in place decodes, and to as many readings; nothing panics.
+        #[test]
+        fn what_is_taken_in_place_is_a_batch(frames in frames(), changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
+            let mut bytes = pb::Batch { frames }.encode_to_vec();
+            for (index, byte) in changes {
+                if !bytes.is_empty() {
+                    let index = index.index(bytes.len());
+                    bytes[index] = byte;
+                }
+            }
+            let bytes: Bytes = bytes.into();
+            let now = Timestamp::from_micros(NOW).expect("in range");
+            let limits = BatchLimits { sensors_max: 100, ..limits() };
+            if let Ok((summary, _)) = check_in_place(&bytes, &limits, now, known) {
+                let decoded = CheckedBatch::check(&bytes, &limits, now, |_| None);
+                prop_assert_eq!(decoded.map(|checked| checked.summary), Ok(summary));
+            }
+        }
+    }
 }

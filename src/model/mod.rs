@@ -6,6 +6,7 @@ pub mod batch;
 pub mod columns;
 pub mod ids;
 pub mod labels;
+pub mod scan;
 pub mod structs;
 pub mod time;
 pub mod units;

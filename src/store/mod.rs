@@ -122,20 +122,22 @@ pub struct StreamRow {
     pub last_sequence: u64,
 }
 
-/// A batch to append to the log.
+/// An entry to append to the log: one batch, or several of one stream that follow one another.
 #[derive(Debug, Clone)]
 pub struct NewLogRow {
     /// Whose it is.
     pub device: DeviceKey,
     /// Of which stream.
     pub stream_key: i64,
-    /// Its sequence in the stream.
-    pub sequence: u64,
-    /// When it came in.
+    /// How many batches it holds.
+    pub batches: usize,
+    /// The sequence of the last of them in the stream.
+    pub last_sequence: u64,
+    /// When they came in.
     pub receive_time: Timestamp,
-    /// Its extent.
+    /// Their extent.
     pub summary: BatchSummary,
-    /// Its bytes.
+    /// Their bytes, one behind the other, which is the encoding of one batch with the frames of all.
     pub batch: Bytes,
 }
 
@@ -192,7 +194,7 @@ impl Count {
     }
 }
 
-/// A batch in the log.
+/// An entry of the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogRow {
     /// Its place.
@@ -201,7 +203,9 @@ pub struct LogRow {
     pub device: DeviceKey,
     /// When it came in.
     pub receive_time: Timestamp,
-    /// Its bytes.
+    /// How many batches it holds.
+    pub batches: u64,
+    /// Their bytes, one behind the other.
     pub batch: Bytes,
 }
 

@@ -106,7 +106,7 @@ async fn a_deleted_device_is_gone_with_its_readings_and_its_id_can_be_used_anew(
         let mut batches = 0;
         while let Some(response) = shown.message().await.ok()? {
             match response.message? {
-                pb::follow_response::Message::Readings(_) => batches += 1,
+                pb::follow_response::Message::Readings(readings) => batches += readings.batches,
                 _ => break,
             }
         }

@@ -102,7 +102,10 @@ async fn a_replay_from_the_beginning_and_one_that_was_there_all_along_show_the_s
 async fn a_token_resumes_without_a_gap_or_a_repetition_also_after_a_restart() {
     let gateway = TestGateway::start().await;
     let device = TestDevice::new(&gateway.channel(), "pump-1");
-    device.upload_nth(1..=10).await.expect("accepted");
+    // One by one: what comes in together is shown together.
+    for sequence in 1..=10 {
+        device.upload_nth([sequence]).await.expect("accepted");
+    }
     let mut follower = Follower::from(&gateway.channel(), Start::Beginning(true)).await;
     let mut seen = follower.temperatures("pump-1", 40).await;
     let token = follower.token.clone();

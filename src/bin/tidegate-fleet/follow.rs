@@ -33,7 +33,7 @@ impl LogReader {
     pub async fn at_end(channel: Channel) -> anyhow::Result<Self> {
         let live = LiveServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
         let mut reader = Self { live, begin: String::new() };
-        reader.begin = reader.read(Start::LiveOnly(true), &[], |_, _| {}).await?;
+        reader.begin = reader.read(Start::LiveOnly(true), &[], |_, _, _| {}).await?;
         Ok(reader)
     }
 
@@ -41,14 +41,14 @@ impl LogReader {
     pub async fn counts(&self, devices: &[String]) -> anyhow::Result<BTreeMap<String, Count>> {
         let mut counts = BTreeMap::<String, Count>::new();
         for group in devices.chunks(DEVICES_MAX) {
-            let add = |device: String, readings: u64| counts.entry(device).or_default().add(1, readings);
+            let add = |device: String, batches: u64, readings: u64| counts.entry(device).or_default().add(batches, readings);
             self.read(Start::ResumeToken(self.begin.clone()), group, add).await?;
         }
         Ok(counts)
     }
 
-    /// Gives each batch's device and number of readings to `take`, up to the present end; returns that place.
-    async fn read(&self, start: Start, devices: &[String], take: impl FnMut(String, u64)) -> anyhow::Result<String> {
+    /// Gives each message's device and numbers of batches and readings to `take`, up to the present end; returns that place.
+    async fn read(&self, start: Start, devices: &[String], take: impl FnMut(String, u64, u64)) -> anyhow::Result<String> {
         let request = FollowRequest { devices: devices.to_vec(), start: Some(start), ..FollowRequest::default() };
         // After a break it goes on behind the last message.
         let progress = Mutex::new((request, take));
@@ -58,7 +58,7 @@ impl LogReader {
             while let Some(FollowResponse { message, resume_token }) = stream.message().await? {
                 let (request, take) = &mut *progress.lock();
                 match message {
-                    Some(Message::Readings(batch)) => take(batch.device, readings(&batch.batch)?),
+                    Some(Message::Readings(batch)) => take(batch.device, batch.batches, readings(&batch.batch)?),
                     Some(Message::Synced(_)) => return Ok(resume_token),
                     _ => {}
                 }

@@ -38,17 +38,19 @@ impl SqliteTx<'_> {
             sqlx::query_scalar("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetch_optional(&mut self.connection).await?;
         let first = last.unwrap_or(0) + 1;
         let numbered: Vec<(i64, &NewLogRow)> = (first..).zip(rows).collect();
-        let head = "INSERT INTO log (position, device_id, stream_key, sequence, receive_time, first_time, last_time, readings, batch)";
-        self.insert_rows(head, 9, "", &numbered, |query, (position, row)| {
+        let head =
+            "INSERT INTO log (position, device_id, stream_key, sequence, receive_time, first_time, last_time, readings, batches, batch)";
+        self.insert_rows(head, 10, "", &numbered, |query, (position, row)| {
             query
                 .bind(*position)
                 .bind(row.device.0)
                 .bind(row.stream_key)
-                .bind(as_integer(row.sequence))
+                .bind(as_integer(row.last_sequence))
                 .bind(row.receive_time.micros())
                 .bind(row.summary.first_time.micros())
                 .bind(row.summary.last_time.micros())
                 .bind(i64::from(row.summary.readings))
+                .bind(row.batches as i64)
                 .bind(row.batch.to_vec())
         })
         .await?;
@@ -152,7 +154,8 @@ impl SqliteStore {
     }
 
     pub async fn read_log(&self, after: Position, rows_max: usize, bytes_max: usize) -> Result<Vec<LogRow>, StoreError> {
-        let query = sqlx::query("SELECT position, device_id, receive_time, batch FROM log WHERE position > ? ORDER BY position LIMIT ?");
+        let query =
+            sqlx::query("SELECT position, device_id, receive_time, batches, batch FROM log WHERE position > ? ORDER BY position LIMIT ?");
         let found = query.bind(after.0).bind(rows_max as i64).fetch(self.readers());
         Ok(log_page(found, bytes_max).await?.0)
     }
@@ -164,7 +167,8 @@ impl SqliteStore {
         if after.0 < pruned {
             return Ok(None);
         }
-        let query = sqlx::query("SELECT position, device_id, receive_time, batch FROM log WHERE position > ? ORDER BY position LIMIT ?");
+        let query =
+            sqlx::query("SELECT position, device_id, receive_time, batches, batch FROM log WHERE position > ? ORDER BY position LIMIT ?");
         let found = query.bind(after.0).bind(rows_max as i64).fetch(&mut *tx);
         log_page(found, bytes_max).await.map(|(rows, _)| Some(rows))
     }
@@ -177,7 +181,7 @@ impl SqliteStore {
         bytes_max: usize,
     ) -> Result<Unmerged, StoreError> {
         // One statement, and so one snapshot: a row is either behind 'merged' here, or in the chunks for whoever reads them later.
-        let found = sqlx::query("SELECT position, device_id, receive_time, batch FROM log WHERE position > (SELECT position FROM progress WHERE name = 'merged') AND device_id = ? AND last_time >= ? AND first_time < ? ORDER BY position")
+        let found = sqlx::query("SELECT position, device_id, receive_time, batches, batch FROM log WHERE position > (SELECT position FROM progress WHERE name = 'merged') AND device_id = ? AND last_time >= ? AND first_time < ? ORDER BY position")
             .bind(device.0)
             .bind(start_time.micros())
             .bind(end_time.map_or(i64::MAX, Timestamp::micros))
@@ -258,6 +262,7 @@ fn log_row(row: &SqliteRow) -> Result<LogRow, StoreError> {
         position: Position(column(row, "position")?),
         device: key_column(row)?,
         receive_time: time_column(row, "receive_time")?,
+        batches: count_column(row, "batches")?,
         batch: Bytes::from(column::<Vec<u8>>(row, "batch")?),
     })
 }

@@ -88,11 +88,12 @@ impl Load {
             assert!((acknowledged..=acknowledged + BATCHES_PER_CALL).contains(&stored), "{}: {acknowledged}, {stored}", device.id);
             assert_eq!(device.stored_temperatures().await, nth_temperatures(1..=stored), "{}", device.id);
             assert_eq!(device.ledger().await.stored.map(|tally| tally.batches), Some(stored), "{}", device.id);
-            expected.insert(device.id, (1..=stored).map(nth_batch).collect::<Vec<_>>());
+            expected.insert(device.id, (1..=stored).flat_map(nth_batch).collect::<Vec<u8>>());
         }
-        let mut found = BTreeMap::<String, Vec<Bytes>>::new();
-        for (device, batch) in log(&channel).await {
-            found.entry(device).or_default().push(batch);
+        // Batches one behind the other, however many of them an entry holds.
+        let mut found = BTreeMap::<String, Vec<u8>>::new();
+        for entry in log(&channel).await {
+            found.entry(entry.device).or_default().extend(entry.bytes);
         }
         assert!(found == expected, "the log has each batch once, in order");
     }
@@ -112,8 +113,22 @@ async fn send(device: TestDevice, acknowledged: Arc<AtomicU64>, mut channel: wat
     }
 }
 
-/// A batch as a follower sees it: whose, and its bytes.
-pub type Seen = (String, Bytes);
+/// An entry of the log as a follower sees it.
+#[derive(Debug, PartialEq)]
+pub struct Seen {
+    /// Whose it is.
+    pub device: String,
+    /// How many batches it holds.
+    pub batches: u64,
+    /// Their bytes.
+    pub bytes: Bytes,
+}
+
+impl From<pb::LiveReadings> for Seen {
+    fn from(readings: pb::LiveReadings) -> Self {
+        Self { device: readings.device, batches: readings.batches, bytes: readings.batch }
+    }
+}
 
 /// A follower from the beginning, which goes on by its token whenever the gateway was away.
 pub struct Witness {
@@ -136,11 +151,11 @@ impl Witness {
         Self { seen, task }
     }
 
-    /// It saw each batch of the log once, in its order.
+    /// It saw each entry of the log once, in its order.
     pub async fn saw(&self, log: &[Seen]) {
         let seen = || self.seen.lock().expect("no panic under the lock");
         eventually("the follower is at the end", || async { (seen().len() >= log.len()).then_some(()) }).await;
-        assert!(*seen() == log, "the follower saw each batch once, in the order of the log");
+        assert!(*seen() == log, "the follower saw each entry once, in the order of the log");
     }
 }
 
@@ -156,14 +171,14 @@ async fn follow(channel: &Channel, start: &mut Start, mut take: impl FnMut(Seen)
     let mut stream = live(channel).follow(request).await?.into_inner();
     while let Some(response) = stream.message().await? {
         if let Some(Message::Readings(readings)) = response.message {
-            take((readings.device, readings.batch));
+            take(readings.into());
         }
         *start = Start::ResumeToken(response.resume_token);
     }
     Ok(())
 }
 
-/// All batches of the log, each with its device.
+/// All entries of the log.
 pub async fn log(channel: &Channel) -> Vec<Seen> {
     let request = pb::FollowRequest { start: Some(Start::Beginning(true)), ..Default::default() };
     let mut stream = live(channel).follow(request).await.expect("the call begins").into_inner();
@@ -171,7 +186,7 @@ pub async fn log(channel: &Channel) -> Vec<Seen> {
     loop {
         let response = soon("the next message", stream.message()).await.expect("no error").expect("not the end");
         match response.message.expect("set") {
-            Message::Readings(readings) => found.push((readings.device, readings.batch)),
+            Message::Readings(readings) => found.push(readings.into()),
             Message::Synced(_) => return found,
             _ => {}
         }

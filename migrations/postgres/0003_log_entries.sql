@@ -1,0 +1,2 @@
+-- An entry of the log may hold several batches of a stream that follow one another; `sequence` is that of the last of them.
+ALTER TABLE log ADD COLUMN batches bigint NOT NULL DEFAULT 1;

@@ -1,0 +1,164 @@
+//! What one stream has sent by now: batches that were admitted and checked, one behind the other in one buffer.
+
+use super::{Ingest, Outcome, Reply};
+use crate::{
+    error::Error,
+    fleet::{Device, Sensors},
+    model::{BatchReject, CheckedBatch, StreamId, Timestamp, batch::BatchSensors},
+    store::SensorRow,
+};
+use bytes::{Bytes, BytesMut};
+use std::{collections::HashMap, ops::Range, sync::Arc};
+use tokio::sync::OwnedSemaphorePermit;
+
+/// What a waiting batch costs besides its bytes.
+const BATCH_OVERHEAD_BYTES: usize = 512;
+/// How many batches go on together at the most: with a device that has a backlog, others need not wait long for their turn.
+const BATCHES_MAX: usize = 256;
+/// As many bytes, after which no further batch is added.
+const BYTES_ENOUGH: usize = 64 << 10;
+
+/// A batch as a device sends it.
+#[derive(Debug, Clone, Default)]
+pub struct Envelope {
+    /// Its number in its stream.
+    pub sequence: u64,
+    /// Its bytes: a `tidegate.v1.Batch`, not yet checked.
+    pub batch: Bytes,
+    /// How many sequences right before this one the device lost.
+    pub lost_batches: u64,
+    /// How many readings were in them.
+    pub lost_readings: u64,
+}
+
+/// See the [module](self).
+pub struct Run {
+    /// Whose batches these are.
+    pub device: Arc<Device>,
+    /// Of which stream.
+    pub stream_id: StreamId,
+    /// When they came in.
+    pub receive_time: Timestamp,
+    pub(super) batches: Vec<RunBatch>,
+    // Copied out of the connection's buffer, of which even a small batch would hold all for as long as it is in the live tail.
+    bytes: BytesMut,
+    // What the device had when the run began: a sensor that it has is never taken away.
+    sensors: Arc<Sensors>,
+    admitted: Option<OwnedSemaphorePermit>,
+}
+
+/// A batch of a run.
+pub(super) struct RunBatch {
+    pub sequence: u64,
+    pub lost_batches: u64,
+    pub lost_readings: u64,
+    /// Where its bytes are in the run's.
+    pub range: Range<usize>,
+    pub checked: Result<CheckedBatch, BatchReject>,
+}
+
+impl RunBatch {
+    pub fn readings(&self) -> u64 {
+        match &self.checked {
+            Ok(checked) => u64::from(checked.summary.readings),
+            Err(reject) => reject.readings,
+        }
+    }
+}
+
+impl RunBatch {
+    /// What the latest values need to know of it, which it need not keep.
+    pub fn take_sensors(&mut self) -> BatchSensors {
+        match &mut self.checked {
+            Ok(checked) => std::mem::replace(&mut checked.sensors, BatchSensors::Known(Vec::new())),
+            Err(_) => BatchSensors::Known(Vec::new()),
+        }
+    }
+}
+
+impl Ingest {
+    /// Begins a run with its first batch; waits while too many bytes wait for their commit already.
+    pub async fn begin(&self, device: &Arc<Device>, stream_id: StreamId, first: Envelope) -> Result<Run, Error> {
+        let permit = self.admission.clone().acquire_many_owned(self.cost(&first)).await.map_err(|_| Error::Draining)?;
+        let mut run = Run {
+            device: device.clone(),
+            stream_id,
+            receive_time: Timestamp::now(),
+            batches: Vec::new(),
+            bytes: BytesMut::with_capacity(first.batch.len()),
+            sensors: device.sensors(),
+            admitted: None,
+        };
+        self.push(&mut run, first, permit);
+        Ok(run)
+    }
+
+    /// Adds a batch to a run, if there is room for it without waiting; else it is given back, for a run of its own.
+    pub fn add(&self, run: &mut Run, next: Envelope) -> Result<(), Envelope> {
+        if run.is_full() {
+            return Err(next);
+        }
+        match self.admission.clone().try_acquire_many_owned(self.cost(&next)) {
+            Ok(permit) => {
+                self.push(run, next, permit);
+                Ok(())
+            }
+            Err(_) => Err(next),
+        }
+    }
+
+    fn push(&self, run: &mut Run, envelope: Envelope, permit: OwnedSemaphorePermit) {
+        match &mut run.admitted {
+            Some(admitted) => admitted.merge(permit),
+            None => run.admitted = Some(permit),
+        }
+        let Envelope { sequence, batch, lost_batches, lost_readings } = envelope;
+        let checked = CheckedBatch::check(&batch, &self.limits, run.receive_time, run.sensors.finder());
+        let begin = run.bytes.len();
+        run.bytes.extend_from_slice(&batch);
+        run.batches.push(RunBatch { sequence, lost_batches, lost_readings, range: begin..run.bytes.len(), checked });
+    }
+
+    fn cost(&self, envelope: &Envelope) -> u32 {
+        let cost = (envelope.batch.len() + BATCH_OVERHEAD_BYTES).min(self.pending_bytes_max);
+        u32::try_from(cost).unwrap_or(u32::MAX)
+    }
+}
+
+impl Run {
+    /// How many batches it has; at least 1.
+    #[allow(clippy::len_without_is_empty, reason = "a run is never empty")]
+    pub fn len(&self) -> usize {
+        self.batches.len()
+    }
+
+    /// Whether it is large enough to go on without waiting for more.
+    pub fn is_full(&self) -> bool {
+        self.batches.len() >= BATCHES_MAX || self.bytes.len() >= BYTES_ENOUGH
+    }
+
+    /// What a null sink says of it. The device has learnt its sensors, as with a gateway, so that the next batch is checked
+    /// in the same way.
+    pub(super) fn discard(self) -> Vec<Reply> {
+        let Self { device, batches, receive_time, .. } = self;
+        let replies = batches.into_iter().map(|batch| {
+            let outcome = match &batch.checked {
+                Ok(checked) => Outcome::Stored { readings: u64::from(checked.summary.readings) },
+                Err(reject) => Outcome::Rejected(reject.clone()),
+            };
+            if let Ok(CheckedBatch { sensors: BatchSensors::New(uses), summary }) = &batch.checked
+                && let Ok(rows) = device.judge(uses, summary.readings, &HashMap::new(), usize::MAX, receive_time)
+            {
+                let unused = device.sensors_len() as i64 + 1;
+                device.learn((unused..).zip(rows).map(|(key, row)| SensorRow { key: if row.key == 0 { key } else { row.key }, ..row }));
+            }
+            Reply { sequence: batch.sequence, outcome, durable_through: batch.sequence }
+        });
+        replies.collect()
+    }
+
+    /// The bytes of its batches, one behind the other.
+    pub(super) fn take_bytes(&mut self) -> Bytes {
+        std::mem::take(&mut self.bytes).freeze()
+    }
+}
