@@ -66,7 +66,7 @@ CROSS JOIN LATERAL (SELECT time_base + (number - 1) * time_step + t * time_unit 
 
 -- The readings of a sensor from a time on and before another, in the order of chunks.
 CREATE FUNCTION readings_between(device text, sensor text, "from" timestamptz, "to" timestamptz)
-RETURNS TABLE (time timestamptz, value double precision, text text)
+RETURNS TABLE ("time" timestamptz, value double precision, text text)
 LANGUAGE sql STABLE PARALLEL SAFE
 AS $$
     WITH asked AS (

@@ -1,9 +1,9 @@
 //! The background work on what is stored: merging the log, pruning what of it is merged, deleting what is too old or too much.
 
 use super::merger::{Haste, Merger};
-use crate::fleet::Registry;
 use crate::{
     config::{Config, History},
+    fleet::Registry,
     live::{Latest, Tail},
     model::{Position, Timestamp},
     store::{Store, StoreError},
@@ -115,15 +115,16 @@ impl Upkeep {
     pub async fn prune(&mut self) -> Result<(), StoreError> {
         let merged = self.store.merged_position().await?;
         self.replay.extend(&self.store, merged).await?;
-        if self.replay.first_expired(self.replay_window, self.replay_bytes_max).is_none() {
-            return Ok(());
-        }
-        // A start reads the latest values from the log behind those that are saved.
-        self.latest.save(&self.store).await?;
-        let saved = self.store.latest_position().await?;
-        while let Some(through) = self.replay.first_expired(self.replay_window, self.replay_bytes_max)
-            && through <= saved
-        {
+        let mut saved = self.store.latest_position().await?;
+        while let Some(through) = self.replay.first_expired(self.replay_window, self.replay_bytes_max) {
+            // A start reads the latest values from the log behind those that are saved.
+            if through > saved {
+                self.latest.save(&self.store).await?;
+                saved = self.store.latest_position().await?;
+            }
+            if through > saved {
+                break;
+            }
             let mut tx = self.store.begin().await?;
             let pruned = tx.prune_log(through).await?;
             tx.commit().await?;
@@ -198,3 +199,7 @@ impl Replay {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "upkeep_tests.rs"]
+mod tests;

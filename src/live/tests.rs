@@ -3,6 +3,7 @@
 use super::{Filter, Follower, Item, Latest, Start, Tail, TailEntry, follower::Sources};
 use crate::{
     config::Config,
+    error::{Error, Failure},
     fleet::{Device, Registry},
     model::{
         BatchSummary, CheckedBatch, DeviceId, Position, Timestamp, ValueKind,
@@ -158,6 +159,34 @@ async fn a_replay_of_which_nothing_is_wanted_has_heartbeats_that_move_on() {
             .collect();
         assert!(tokens.len() > 1 && tokens[0] < end && tokens.is_sorted_by(|a, b| a < b), "{tokens:?}");
     }
+}
+
+#[tokio::test]
+async fn a_follower_whose_place_in_the_log_is_pruned_while_it_reads_is_told() {
+    let fixture = Fixture::open().await;
+    let device = fixture.device("pump-1", &[]).await;
+    let positions = fixture.append(&device, &vec![batch(&names(1), 1, 1.0); 300]).await;
+    let sources = fixture.sources(Tail::new(positions[299], 1 << 20));
+    let mut follower = Follower::new(sources, Filter::default(), Start::Beginning, Duration::from_secs(60)).await.expect("begun");
+    let mut shown = vec![follower.next().await.expect("the first")];
+    let mut tx = fixture.store.begin().await.expect("begun");
+    tx.prune_log(positions[200]).await.expect("pruned");
+    tx.commit().await.expect("committed");
+    let refused = loop {
+        match follower.next().await {
+            Ok(item) => shown.push(item),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(refused, Failure::Refused(Error::PositionExpired { oldest }) if oldest == positions[201]), "{refused:?}");
+    let shown: Vec<Position> = shown
+        .into_iter()
+        .map(|item| match item {
+            Item::Readings { position, .. } => position,
+            other => panic!("not readings: {other:?}"),
+        })
+        .collect();
+    assert_eq!(shown, positions[..shown.len()], "without a hole up to there");
 }
 
 #[tokio::test]

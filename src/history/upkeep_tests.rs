@@ -1,0 +1,124 @@
+//! Guarantee: retention deletes what its settings name and nothing else, the file becomes smaller for it, and of a deleted device
+//! no chunk is left.
+
+use super::*;
+use crate::{
+    fleet::Device,
+    model::{BatchSummary, DeviceId, ValueKind, columns::Values},
+    pb,
+    store::{NewLogRow, SensorRow},
+};
+use prost::Message;
+use tempfile::TempDir;
+
+const HOUR: i64 = 3_600_000_000;
+const MIB: u64 = 1 << 20;
+
+struct Fixture {
+    directory: TempDir,
+    config: Config,
+    store: Store,
+    registry: Registry,
+    device: Arc<Device>,
+}
+
+impl Fixture {
+    async fn open(change: impl FnOnce(&mut Config)) -> Self {
+        let directory = TempDir::new().expect("a temporary directory");
+        let mut config = Config::default();
+        config.storage.data_dir = directory.path().into();
+        config.live.replay_window = Duration::ZERO;
+        change(&mut config);
+        let store = Store::open(&config.storage).await.expect("opened");
+        let registry = Registry::new(store.clone(), true, 10);
+        let device = registry.get_or_register(&DeviceId::parse("pump-1").expect("good")).await.expect("registered");
+        let (name, unit, kind, create_time) = ("note".to_owned(), String::new(), ValueKind::Text, Timestamp::now());
+        let sensor = SensorRow { key: 0, name, unit, kind, allow_non_finite: false, create_time };
+        registry.save_sensor(&device, sensor).await.expect("registered");
+        Self { directory, config, store, registry, device }
+    }
+
+    /// Appends texts of a size from a time on, one a second.
+    async fn append(&self, begin: i64, texts: usize, bytes: usize) {
+        let values = Values::Text(vec!["x".repeat(bytes); texts]);
+        let column = pb::Column { sensor: "note".into(), unit: String::new(), values: Some(values.into()) };
+        let frame = pb::Frame { base_time_us: begin, time_deltas_us: vec![1_000_000; texts - 1], columns: vec![column] };
+        let time = Timestamp::now();
+        let row = NewLogRow {
+            device: self.device.key,
+            stream_key: 1,
+            batches: 1,
+            last_sequence: 1,
+            receive_time: time,
+            summary: BatchSummary { readings: texts as u32, first_time: time, last_time: time },
+            batch: pb::Batch { frames: vec![frame] }.encode_to_vec().into(),
+        };
+        let mut tx = self.store.begin().await.expect("begun");
+        tx.append(&[row]).await.expect("appended");
+        tx.commit().await.expect("committed");
+    }
+
+    async fn round(&self) {
+        let latest = Arc::new(Latest::load(&self.store, &self.registry).await.expect("read"));
+        let tail = Arc::new(Tail::new(Position(0), 1 << 20));
+        let mut upkeep = Upkeep::new(&self.config, self.store.clone(), self.registry.clone(), latest, tail, &Metrics::new());
+        upkeep.round().await.expect("done");
+    }
+
+    /// How many readings the chunks have, and the time of the first.
+    async fn merged(&self) -> (usize, Option<i64>) {
+        let sensors = self.store.sensors(self.device.key).await.expect("read");
+        let key = sensors.first().map_or(1, |sensor| sensor.key);
+        let chunks = self.store.read_chunks(key, i64::MIN, i64::MAX, 1_000).await.expect("read");
+        (chunks.iter().map(|chunk| chunk.readings).sum(), chunks.first().map(|chunk| chunk.first_time))
+    }
+}
+
+#[tokio::test]
+async fn chunks_go_when_all_of_their_readings_are_too_old() {
+    let fixture = Fixture::open(|config| config.history.retention_age = Duration::from_secs(24 * 3600)).await;
+    let now = Timestamp::now().micros();
+    fixture.append(now - 30 * HOUR, 60, 10).await;
+    fixture.append(now - HOUR, 60, 10).await;
+    fixture.round().await;
+    // Merged in one pass, they are in chunks of one size, the older of which can go on its own.
+    let (readings, first) = fixture.merged().await;
+    assert!((60..120).contains(&readings) && first.is_some_and(|first| first >= now - 30 * HOUR), "{readings} from {first:?}");
+}
+
+#[tokio::test]
+async fn the_oldest_go_when_there_is_too_much_and_the_file_becomes_smaller() {
+    let mut fixture = Fixture::open(|_| {}).await;
+    let now = Timestamp::now().micros();
+    for part in 0..40 {
+        fixture.append(now + part * HOUR / 10, 300, 4_000).await;
+    }
+    fixture.round().await;
+    assert_eq!(fixture.merged().await, (12_000, Some(now)));
+    let used = fixture.store.used_bytes().await.expect("read");
+    assert!(used > 40 * MIB, "{used} bytes");
+
+    fixture.config.history.retention_bytes_max = 8 * MIB;
+    fixture.round().await;
+    let (readings, first) = fixture.merged().await;
+    assert!((100..3_000).contains(&readings) && first > Some(now), "{readings} from {first:?}");
+    assert!(fixture.store.used_bytes().await.expect("read") <= 8 * MIB);
+    // The file is cut when the WAL is moved into it.
+    fixture.store.close().await;
+    let file = std::fs::metadata(fixture.directory.path().join("tidegate.db")).expect("there").len();
+    assert!(file <= 8 * MIB + FREE_BYTES_KEPT + MIB, "{file} bytes");
+}
+
+#[tokio::test]
+async fn of_a_deleted_device_no_chunk_is_left_and_none_comes_after() {
+    let fixture = Fixture::open(|_| {}).await;
+    fixture.append(0, 60, 10).await;
+    fixture.round().await;
+    assert_eq!(fixture.merged().await.0, 60);
+    fixture.append(HOUR, 60, 10).await;
+    fixture.registry.delete(&fixture.device, None, || ()).await.expect("deleted");
+    fixture.round().await;
+    fixture.store.purge_deleted().await.expect("purged");
+    assert_eq!(fixture.merged().await.0, 0);
+    assert_eq!(fixture.store.log_sizes(Position(0), 10).await.expect("read"), []);
+}
