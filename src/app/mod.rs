@@ -2,6 +2,7 @@
 
 mod health;
 pub mod listener;
+mod peers;
 pub mod signals;
 
 use crate::{
@@ -21,6 +22,7 @@ use crate::{
     telemetry::{Metrics, Readiness},
 };
 use listener::{Listener, Stop};
+use peers::Peers;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
     sync::Notify,
@@ -66,6 +68,7 @@ pub struct Gateway {
     writer: Writer,
     latest: Arc<Latest>,
     upkeep: Upkeep,
+    configs: Configs,
     registry: Registry,
     purge: Arc<Notify>,
     metrics: Metrics,
@@ -118,7 +121,24 @@ impl Gateway {
         let services = Services { config: &config, ingest, registry: &registry, configs: &configs, sources, purge: &purge };
         let routes = services.routes()?.add_service(health_service);
         let calls = CallTracker::new();
-        Ok(Self { config, store, writer, latest, upkeep, registry, purge, metrics, readiness, health, calls, stop, routes, listener, http })
+        Ok(Self {
+            config,
+            store,
+            writer,
+            latest,
+            upkeep,
+            configs,
+            registry,
+            purge,
+            metrics,
+            readiness,
+            health,
+            calls,
+            stop,
+            routes,
+            listener,
+            http,
+        })
     }
 
     /// Where gRPC is served, with the port that was bound.
@@ -151,6 +171,7 @@ impl Gateway {
             writer,
             latest,
             upkeep,
+            configs,
             registry,
             purge,
             metrics,
@@ -167,6 +188,9 @@ impl Gateway {
         tasks.spawn(metrics.clone().run_upkeep(background.clone()));
         tasks.spawn(latest.clone().run(store.clone(), background.clone()));
         tasks.spawn(upkeep.run(background.clone()));
+        let (publisher, registry_of_peers) = (writer.publisher(), registry.clone());
+        let peers = Peers { store: store.clone(), publisher, latest: latest.clone(), registry: registry_of_peers, configs };
+        tasks.spawn(peers.run(background.clone()));
         let interval = config.devices.reconcile_interval;
         tasks.spawn(reconciler::run(store.clone(), registry, interval, background.clone()));
         tasks.spawn(run_purge(store.clone(), purge, background.clone()));

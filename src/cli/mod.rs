@@ -22,7 +22,10 @@ mod show;
 
 pub use failure::Failure;
 
-use crate::config::{Config, SettingFlags, Sources};
+use crate::{
+    config::{Config, SettingFlags, Sources},
+    store::Store,
+};
 use clap::{Args, Parser, Subcommand};
 use std::{
     future::Future,
@@ -52,6 +55,8 @@ pub struct Cli {
 enum Command {
     /// Run the gateway (what happens without a command).
     Serve(GatewayArgs),
+    /// Bring the database to this version's form, as a start of the gateway does, and say what that took.
+    Migrate(GatewayArgs),
     /// Print the settings in effect as a commented file; or get, set and watch the configuration of devices.
     Config(ConfigArgs),
     /// Register, show, change and delete devices.
@@ -111,6 +116,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
     let out: &mut dyn Write = &mut out;
     match command {
         Command::Serve(gateway) => return serve(gateway.load()?),
+        Command::Migrate(gateway) => block_on(migrate(gateway.load()?, out))?,
         Command::Config(ConfigArgs { command: None, gateway }) => out.write_all(gateway.load()?.to_commented_toml().as_bytes())?,
         Command::Config(ConfigArgs { command: Some(command), .. }) => block_on(configure::run(command, out))?,
         Command::Device(command) => block_on(device::run(command, out))?,
@@ -132,6 +138,16 @@ fn serve(config: Config) -> Result<(), Failure> {
     // All that is worth waiting for has been waited for; a thread that hangs in the file system is not to hold up the exit.
     runtime.shutdown_background();
     if in_time { Ok(()) } else { Err(Failure::Failed("the grace period (shutdown.grace) was too short to end well".to_owned())) }
+}
+
+async fn migrate(config: Config, out: &mut dyn Write) -> Result<(), Failure> {
+    let migrated = Store::migrate(&config.storage).await;
+    let migrated = migrated.map_err(|error| Failure::Failed(format!("{:#}", anyhow::Error::from(error))))?;
+    for (version, name) in &migrated.applied {
+        writeln!(out, "applied {version:04} {name}")?;
+    }
+    writeln!(out, "the database is at version {:04}", migrated.version)?;
+    Ok(())
 }
 
 /// Runs a command that talks to a gateway: one thread is enough for it.

@@ -13,7 +13,10 @@ use jiff::{SignedDuration, fmt::serde::unsigned_duration::friendly::compact::req
 use serde::{Deserialize, Serialize};
 use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
+mod database_url;
 mod settings;
+
+pub use database_url::DatabaseUrl;
 pub use settings::{Allowed, SETTINGS, Setting};
 
 /// All settings, typed. See [`SETTINGS`] for what each means.
@@ -65,6 +68,7 @@ pub struct Http {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "SETTINGS documents each")]
 pub struct Storage {
+    pub url: DatabaseUrl,
     pub data_dir: PathBuf,
     pub may_lose_commits_on_power_loss: bool,
     pub readers: u32,
@@ -167,7 +171,12 @@ impl Default for Config {
                 streaming_deadline_max: Duration::from_secs(24 * 3600),
             },
             http: Http { listen: SocketAddr::from(([127, 0, 0, 1], 9464)) },
-            storage: Storage { data_dir: "./tidegate-data".into(), may_lose_commits_on_power_loss: false, readers: 4 },
+            storage: Storage {
+                url: DatabaseUrl::default(),
+                data_dir: "./tidegate-data".into(),
+                may_lose_commits_on_power_loss: false,
+                readers: 4,
+            },
             ingest: Ingest {
                 pending_bytes_max: 64 * MIB,
                 commit_batches_max: 1_000,
@@ -371,7 +380,7 @@ impl Provider for One {
     fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
         let value = match self.setting.allowed {
             Allowed::Flag | Allowed::Count(_) | Allowed::Bytes(_) => self.value.parse().unwrap_or_else(|_| Value::from(self.value.clone())),
-            Allowed::Address | Allowed::Path | Allowed::Duration(_) | Allowed::OneOf(_) | Allowed::LogFilter => {
+            Allowed::Address | Allowed::Path | Allowed::DatabaseUrl | Allowed::Duration(_) | Allowed::OneOf(_) | Allowed::LogFilter => {
                 Value::from(self.value.clone())
             }
         };
@@ -426,8 +435,12 @@ fn one_error(figment: &Figment, error: &figment::Error) -> WrongSetting {
     wrong_setting(figment, &error.path.join("."), error.kind.to_string())
 }
 
-/// The value as it stands in TOML.
+/// The value as it stands in TOML; a database's address without its password.
 fn show(figment: &Figment, key: &str) -> String {
+    let is_database = SETTINGS.iter().any(|setting| setting.key == key && matches!(setting.allowed, Allowed::DatabaseUrl));
+    if is_database && let Ok(url) = figment.extract_inner::<DatabaseUrl>(key) {
+        return toml::Value::String(url.to_string()).to_string();
+    }
     match figment.extract_inner::<toml::Value>(key) {
         Ok(value) => value.to_string(),
         Err(_) => "(none)".into(),

@@ -1,5 +1,6 @@
 //! The list of settings.
 
+use super::DatabaseUrl;
 use figment::value::Value;
 use std::{fmt, net::SocketAddr, ops::RangeInclusive, time::Duration};
 
@@ -23,6 +24,8 @@ pub enum Allowed {
     Flag,
     /// A directory.
     Path,
+    /// Where a PostgreSQL database is; may be empty.
+    DatabaseUrl,
     /// A number of things.
     Count(RangeInclusive<u64>),
     /// A number of bytes.
@@ -58,6 +61,7 @@ impl Allowed {
             Self::Address => value.as_str().is_some_and(|text| text.parse::<SocketAddr>().is_ok()),
             Self::Flag => value.to_bool().is_some(),
             Self::Path => value.as_str().is_some_and(|text| !text.is_empty()),
+            Self::DatabaseUrl => value.as_str().is_some_and(DatabaseUrl::is_allowed),
             Self::Count(range) | Self::Bytes(range) => number.is_some_and(|number| range.contains(&number)),
             Self::Duration(range) => value.as_str().and_then(super::parse_duration).is_some_and(|duration| range.contains(&duration)),
             Self::OneOf(words) => value.as_str().is_some_and(|text| words.contains(&text)),
@@ -71,6 +75,7 @@ impl Allowed {
             Self::Address => "IP:PORT",
             Self::Flag => "BOOL",
             Self::Path => "DIR",
+            Self::DatabaseUrl => "URL",
             Self::Count(_) => "N",
             Self::Bytes(_) => "BYTES",
             Self::Duration(_) => "DURATION",
@@ -86,6 +91,7 @@ impl fmt::Display for Allowed {
             Self::Address => f.write_str("IP:PORT"),
             Self::Flag => f.write_str("true or false"),
             Self::Path => f.write_str("a directory"),
+            Self::DatabaseUrl => f.write_str("postgres://USER:PASSWORD@HOST:PORT/DATABASE, or empty"),
             Self::Count(range) => write!(f, "{} to {}", range.start(), range.end()),
             Self::Bytes(range) => write!(f, "{} to {} bytes", range.start(), range.end()),
             Self::Duration(range) => write!(f, "a duration of {:#} to {:#}", friendly(range.start()), friendly(range.end())),
@@ -165,6 +171,11 @@ pub static SETTINGS: &[Setting] = &[
         "How long a streaming call may last: the deadline where the client sets none, and the most that it may set.",
     ),
     setting("http.listen", Allowed::Address, "Where /metrics, /livez and /readyz are served."),
+    setting(
+        "storage.url",
+        Allowed::DatabaseUrl,
+        "The PostgreSQL database, which several gateways may share; empty: the embedded SQLite in storage.data_dir. Its password is never shown; it may come from PGPASSWORD or a passfile instead.",
+    ),
     setting("storage.data_dir", Allowed::Path, "Where the embedded SQLite database is kept; made when it is not there."),
     setting(
         "storage.may_lose_commits_on_power_loss",

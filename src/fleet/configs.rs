@@ -64,8 +64,9 @@ impl Configs {
 
     async fn write_revision(&self, device: &Device, change: ConfigChange) -> Result<ConfigRevisionRow, Failure> {
         let mut tx = self.store.begin().await?;
-        // Asked with the transaction in our hands: who deletes it holds one, too.
-        if let Err(error) = device.check() {
+        // Asked with the transaction in our hands, and the device's row locked: who deletes it holds one, too.
+        let there = tx.lock_device(device.key).await?.is_some();
+        if let Err(error) = if there { device.check() } else { Err(Error::DeviceNotFound(device.id.clone())) } {
             tx.rollback().await?;
             return Err(error.into());
         }
@@ -138,7 +139,8 @@ impl Configs {
         tx.commit_then(tell).await
     }
 
-    fn poke_watchers(&self, device: DeviceKey) {
+    /// Tells who watches that a device's configuration may have come further.
+    pub fn poke_watchers(&self, device: DeviceKey) {
         // An error only says that nobody watches.
         let _ = self.pokes.send(device);
     }

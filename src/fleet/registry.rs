@@ -10,7 +10,7 @@ use crate::{
         batch::{RejectReason, SensorUse},
         ids::quoted,
     },
-    store::{DeviceKey, DeviceRow, SensorRow, Store, StoreError},
+    store::{DeviceKey, DeviceRow, SensorRow, Store, StoreError, WriteTx},
 };
 use parking_lot::RwLock;
 use std::{
@@ -246,6 +246,30 @@ impl Registry {
         }
     }
 
+    /// Takes over what another gateway has changed of a device, when it is loaded. Whether the device is gone.
+    pub async fn renew(&self, key: DeviceKey) -> Result<bool, StoreError> {
+        let Some(device) = self.loaded(key) else { return Ok(false) };
+        let Some(row) = self.shared.store.device_by_key(key).await? else {
+            self.bury(&device);
+            device.poke_config();
+            return Ok(true);
+        };
+        let sensors = self.shared.store.sensors(key).await?;
+        // Of two reads that overtake one another the older changes nothing.
+        let mut known = device.row.write();
+        if known.revision < row.revision {
+            *known = row;
+        }
+        drop(known);
+        device.learn(sensors);
+        Ok(false)
+    }
+
+    /// The numbers of all devices that are loaded.
+    pub fn all_loaded(&self) -> Vec<DeviceKey> {
+        self.shared.cache.read().by_key.keys().copied().collect()
+    }
+
     /// The device with this number, when it is loaded, as it is while anybody has to do with it.
     pub fn loaded(&self, key: DeviceKey) -> Option<Arc<Device>> {
         self.shared.cache.read().by_key.get(&key).cloned()
@@ -287,19 +311,12 @@ impl Registry {
     ) -> Result<DeviceRow, Failure> {
         let (registry, device) = (self.clone(), device.clone());
         to_the_end(async move {
-            let mut tx = registry.shared.store.begin().await?;
-            // Read with the transaction in hand, so that no other change is in between.
-            let mut row = device.row();
-            if let Some(refusal) = device.refusal(&row, etag_revision) {
-                tx.rollback().await?;
-                return Err(refusal.into());
-            }
+            let (mut tx, mut row) = registry.begin_change(&device, etag_revision).await?;
             let revision = row.revision;
             change(&mut row);
             let updated = tx.update_device(device.key, revision, &row.labels, &row.display_name, Timestamp::now()).await?;
             let Some(updated) = updated else {
                 tx.rollback().await?;
-                registry.forget(&device);
                 return Err(Error::DeviceNotFound(device.id.clone()).into());
             };
             tx.commit_then(|committed| match committed {
@@ -316,11 +333,7 @@ impl Registry {
     pub async fn save_sensor(&self, device: &Arc<Device>, sensor: SensorRow) -> Result<SensorRow, Failure> {
         let (registry, device) = (self.clone(), device.clone());
         to_the_end(async move {
-            let mut tx = registry.shared.store.begin().await?;
-            if let Err(error) = device.check() {
-                tx.rollback().await?;
-                return Err(error.into());
-            }
+            let (mut tx, _) = registry.begin_change(&device, None).await?;
             let mut stored = tx.insert_sensor(device.key, &sensor).await?;
             stored.allow_non_finite = sensor.allow_non_finite;
             tx.set_sensor_allowance(&stored).await?;
@@ -345,11 +358,7 @@ impl Registry {
         to_the_end(async move {
             // The writer looks whether a device is deleted with its transaction in hand, as we hold ours now: either its
             // batch is committed before, and purged, or it is refused.
-            let mut tx = registry.shared.store.begin().await?;
-            if let Some(refusal) = device.refusal(&device.row(), etag_revision) {
-                tx.rollback().await?;
-                return Err(refusal.into());
-            }
+            let (mut tx, _) = registry.begin_change(&device, etag_revision).await?;
             tx.delete_device(device.key).await?;
             tx.commit_then(|committed| match committed {
                 true => registry.bury(&device),
@@ -386,6 +395,22 @@ impl Registry {
         }
     }
 
+    /// Begins a transaction that changes a device, unless it can't be changed: nobody else changes it until the commit.
+    pub(super) async fn begin_change(&self, device: &Device, etag_revision: Option<i64>) -> Result<(WriteTx<'_>, DeviceRow), Failure> {
+        let mut tx = self.shared.store.begin().await?;
+        let Some(row) = tx.lock_device(device.key).await? else {
+            tx.rollback().await?;
+            // By another gateway.
+            self.bury(device);
+            return Err(Error::DeviceNotFound(device.id.clone()).into());
+        };
+        if let Some(refusal) = device.refusal(&row, etag_revision) {
+            tx.rollback().await?;
+            return Err(refusal.into());
+        }
+        Ok((tx, row))
+    }
+
     async fn load(&self, row: DeviceRow) -> Result<Arc<Device>, Failure> {
         let sensors = self.shared.store.sensors(row.key).await?;
         let loaded = Arc::new(Device::new(row, sensors));
@@ -403,7 +428,9 @@ impl Registry {
     /// A deleted device is never found again.
     fn bury(&self, device: &Device) {
         device.standing.store(DELETED, Ordering::Release);
-        self.shared.cache.write().buried.insert(device.key);
+        if !self.shared.cache.write().buried.insert(device.key) {
+            return;
+        }
         if let Some(registered) = self.shared.registered.get() {
             registered.fetch_sub(1, Ordering::AcqRel);
         }

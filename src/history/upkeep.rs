@@ -90,6 +90,9 @@ impl Upkeep {
 
     /// Merges all that waits, prunes and deletes.
     pub async fn round(&mut self) -> Result<(), StoreError> {
+        if !self.store.lead_upkeep().await? {
+            return Ok(());
+        }
         let before = self.tail.appended_bytes();
         // The first pass has what came before it; from then on there is too much when more comes in than is merged.
         while self.merger.pass(self.haste(before)).await? {

@@ -67,6 +67,11 @@ impl RunBatch {
 }
 
 impl RunBatch {
+    /// Whether sequences are missing between the last durable one and this, other than those that the device lost.
+    pub fn leaves_gap(&self, last_sequence: u64) -> bool {
+        self.sequence.saturating_sub(last_sequence) > self.lost_batches.saturating_add(1)
+    }
+
     /// What the latest values need to know of it, which it need not keep.
     pub fn take_sensors(&mut self) -> BatchSensors {
         match &mut self.checked {
@@ -130,6 +135,11 @@ impl Run {
     #[allow(clippy::len_without_is_empty, reason = "a run is never empty")]
     pub fn len(&self) -> usize {
         self.batches.len()
+    }
+
+    /// Whether its first batch [leaves a gap](RunBatch::leaves_gap).
+    pub fn leaves_gap(&self, last_sequence: u64) -> bool {
+        self.batches.first().is_some_and(|batch| batch.leaves_gap(last_sequence))
     }
 
     /// Whether it is large enough to go on without waiting for more.

@@ -13,14 +13,14 @@ use crate::{
     config::Config,
     error::Error,
     fleet::{Device, Registry},
-    live::{Latest, Tail, TailEntry},
+    live::{Latest, Publisher, Tail, TailEntry},
     model::{BatchLimits, BatchReject, BatchSummary, CheckedBatch, Position, StreamId, Timestamp, batch::BatchSensors},
-    store::{DeviceKey, LogRow, NewLogRow, NewRejection, SensorRow, Store, StoreError, StreamChange, StreamRow, WriteTx},
+    store::{DeviceKey, NewLogRow, NewRejection, SensorRow, Store, StoreError, StreamChange, StreamRow, WriteTx},
     telemetry::{Metrics, Readiness},
 };
 use bytes::Bytes;
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     ops::Range,
     sync::Arc,
     time::{Duration, Instant},
@@ -29,9 +29,8 @@ use tokio::sync::{Semaphore, mpsc};
 
 /// The streams whose place is kept in memory; beyond that all are forgotten and read again when they are needed.
 const STREAMS_CACHED_MAX: usize = 200_000;
-/// How much of the log is read at once after a failure.
-const ROWS_PER_READ: usize = 256;
-const BYTES_PER_READ: usize = 4 << 20;
+/// How often one group may meet another gateway at its streams before that counts as a failure.
+const CONFLICTS_MAX: usize = 10;
 /// How long the writer waits before it asks a failed store again.
 const RECOVERY_INTERVAL: Duration = Duration::from_millis(500);
 /// The readiness component that the writer speaks for.
@@ -41,8 +40,8 @@ pub const COMPONENT: &str = "store";
 pub struct Writer {
     store: Store,
     registry: Registry,
-    tail: Arc<Tail>,
     latest: Arc<Latest>,
+    publisher: Arc<Publisher>,
     metrics: IngestMetrics,
     readiness: Readiness,
     receiver: mpsc::Receiver<Submitted>,
@@ -50,6 +49,8 @@ pub struct Writer {
     sensors_max: usize,
     rejected_kept_max: u32,
     streams: HashMap<(DeviceKey, StreamId), StreamRow>,
+    // Another gateway was quicker with a stream of the group: its rows are locked before they are read.
+    contended: bool,
 }
 
 /// Makes the writer, and the handle by which batches come to it.
@@ -72,9 +73,9 @@ pub fn writer(
         discards: false,
     };
     let writer = Writer {
+        publisher: Arc::new(Publisher::new(store.clone(), registry.clone(), tail, latest.clone())),
         store,
         registry,
-        tail,
         latest,
         metrics: IngestMetrics::new(metrics),
         readiness,
@@ -83,6 +84,7 @@ pub fn writer(
         sensors_max: config.devices.sensors_max,
         rejected_kept_max: settings.rejected_batches_kept_max,
         streams: HashMap::new(),
+        contended: false,
     };
     (ingest, writer)
 }
@@ -98,6 +100,11 @@ fn limits(config: &Config) -> BatchLimits {
 }
 
 impl Writer {
+    /// What it tells followers by, for others who have something to tell.
+    pub fn publisher(&self) -> Arc<Publisher> {
+        self.publisher.clone()
+    }
+
     /// Runs until every [`Ingest`] is gone and all that was handed in is committed.
     pub async fn run(mut self) {
         // Ready is who can write: a disk may be full at the start already.
@@ -112,7 +119,7 @@ impl Writer {
                 Ok(committed) => {
                     self.metrics.commit_seconds.record(began.elapsed());
                     self.metrics.commit_batches.record(waiting.iter().map(|submitted| submitted.run.len()).sum::<usize>() as f64);
-                    self.publish(std::mem::take(&mut waiting), committed);
+                    self.publish(std::mem::take(&mut waiting), committed).await;
                 }
                 Err(error) => {
                     self.refuse(&mut waiting);
@@ -135,24 +142,43 @@ impl Writer {
     }
 
     /// Commits all of `waiting` that is to be stored, and says of each batch what became of it.
+    ///
+    /// Where another gateway on the same database was quicker with one of the streams, what is known of the group's streams and
+    /// devices is forgotten, and the group is decided once more with the streams' rows locked.
     async fn commit(&mut self, waiting: &[Submitted]) -> Result<Committed, StoreError> {
+        for _ in 0..CONFLICTS_MAX {
+            match self.try_commit(waiting).await {
+                Err(error) if error.is_conflict() => tracing::debug!(%error, "store.conflict"),
+                result => return result,
+            }
+            self.contended = true;
+            let streams = streams_of(waiting);
+            self.streams.retain(|stream, _| !streams.contains(stream));
+            let devices: HashSet<DeviceKey> = streams.into_iter().map(|(device, _)| device).collect();
+            for device in devices {
+                self.registry.renew(device).await?;
+            }
+        }
+        self.try_commit(waiting).await
+    }
+
+    async fn try_commit(&mut self, waiting: &[Submitted]) -> Result<Committed, StoreError> {
         let mut group = Group::default();
-        let mut tx = self.store.begin().await?;
-        for (index, Submitted { run, bytes, .. }) in waiting.iter().enumerate() {
-            let decision = self.decide(&mut tx, &mut group, index, run, bytes).await?;
-            group.decisions.push(decision);
-        }
-        if group.is_empty() {
-            tx.rollback().await?;
-            return Ok(Committed { first: Position(0), rows: Vec::new(), group });
-        }
-        let rows: Vec<NewLogRow> = group.entries.iter().map(|entry| entry.row(&waiting[entry.run])).collect();
-        let first = if rows.is_empty() { Position(0) } else { tx.append(&rows).await? };
-        let changes: Vec<StreamChange> = group.streams.values().copied().filter(changes_anything).collect();
-        tx.advance_streams(&changes).await?;
-        if !group.rejections.is_empty() {
-            tx.reject(&group.rejections, self.rejected_kept_max).await?;
-        }
+        let store = self.store.clone();
+        let mut tx = store.begin().await?;
+        let (first, rows) = match self.fill(&mut tx, &mut group, waiting).await {
+            Ok(Some(written)) => written,
+            Ok(None) => {
+                tx.rollback().await?;
+                return Ok(Committed { first: Position(0), rows: Vec::new(), group });
+            }
+            Err(error) => {
+                if error.is_conflict() {
+                    tx.rollback().await?;
+                }
+                return Err(error);
+            }
+        };
         let sensors = std::mem::take(&mut group.sensors);
         tx.commit_then(|committed| {
             if committed {
@@ -161,6 +187,35 @@ impl Writer {
         })
         .await?;
         Ok(Committed { first, rows, group })
+    }
+
+    /// Writes all of `waiting` that is to be stored: the log's new rows and the position of the first; `None` when nothing changes.
+    async fn fill(
+        &mut self,
+        tx: &mut WriteTx<'_>,
+        group: &mut Group,
+        waiting: &[Submitted],
+    ) -> Result<Option<(Position, Vec<NewLogRow>)>, StoreError> {
+        if std::mem::take(&mut self.contended) {
+            let streams: Vec<(DeviceKey, StreamId)> = streams_of(waiting).into_iter().collect();
+            self.streams.extend(tx.lock_streams(&streams).await?);
+        }
+        for (index, Submitted { run, bytes, .. }) in waiting.iter().enumerate() {
+            let decision = self.decide(tx, group, index, run, bytes).await?;
+            group.decisions.push(decision);
+        }
+        if group.is_empty() {
+            return Ok(None);
+        }
+        let changes: Vec<StreamChange> = group.streams.values().copied().filter(changes_anything).collect();
+        tx.advance_streams(&changes).await?;
+        if !group.rejections.is_empty() {
+            tx.reject(&group.rejections, self.rejected_kept_max).await?;
+        }
+        let rows: Vec<NewLogRow> = group.entries.iter().map(|entry| entry.row(&waiting[entry.run])).collect();
+        // Last, as all other gateways that append wait from here to the commit.
+        let first = if rows.is_empty() { Position(0) } else { tx.append(&rows).await? };
+        Ok(Some((first, rows)))
     }
 
     /// Says of each batch of a run what is to become of it, and adds what is to be stored to the group.
@@ -181,8 +236,9 @@ impl Writer {
             Some(staged) => *staged,
             None => {
                 let row = match self.streams.get(&stream) {
-                    Some(row) => *row,
-                    None => tx.stream(device.key, run.stream_id, run.receive_time).await?,
+                    // What looks like a gap may be no more than a stream that another gateway has moved on.
+                    Some(row) if !self.store.is_shared() || !run.leaves_gap(row.last_sequence) => *row,
+                    _ => tx.stream(device.key, run.stream_id, run.receive_time).await?,
                 };
                 unchanged(row)
             }
@@ -238,7 +294,7 @@ impl Writer {
     }
 
     /// Tells everybody what is now durable.
-    fn publish(&mut self, waiting: Vec<Submitted>, committed: Committed) {
+    async fn publish(&mut self, waiting: Vec<Submitted>, committed: Committed) {
         let Committed { first, rows, group } = committed;
         if self.streams.len() + group.streams.len() > STREAMS_CACHED_MAX {
             self.streams.clear();
@@ -256,8 +312,13 @@ impl Writer {
             runs.push(run);
             replies.push(reply);
         }
+        let turn = self.publisher.turn(first).await;
         let mut latest = Vec::with_capacity(rows.len());
         for (position, (entry, row)) in (first.0..).map(Position).zip(group.entries.iter().zip(rows)) {
+            // Others may have read it from the store already.
+            if !turn.is_next(position) {
+                continue;
+            }
             let run = &mut runs[entry.run];
             for batch in &mut run.batches[entry.batches.clone()] {
                 latest.push((position, run.device.clone(), batch.take_sensors()));
@@ -275,7 +336,7 @@ impl Writer {
             // The caller may be gone; the batches are stored all the same, and duplicates when they come again.
             let _ = reply.send(decision);
         }
-        self.tail.publish(tail);
+        turn.publish(tail);
     }
 
     /// Answers all that waits with UNAVAILABLE.
@@ -323,22 +384,7 @@ impl Writer {
     /// Proves that the store takes writes, and tells of what a commit of unknown outcome stored after all.
     async fn catch_up(&self) -> Result<(), StoreError> {
         self.store.probe_write().await?;
-        let mut told = *self.tail.head().borrow();
-        loop {
-            let rows = self.store.read_log(told, ROWS_PER_READ, BYTES_PER_READ).await?;
-            let Some(last) = rows.last() else { break };
-            told = last.position;
-            let mut entries = Vec::with_capacity(rows.len());
-            for LogRow { position, device, receive_time, batches, batch } in rows {
-                if let Some(device) = self.registry.by_key(device).await? {
-                    // The batch may have brought some that the registry was not told of.
-                    device.learn(self.store.sensors(device.key).await?);
-                    entries.push(TailEntry { position, device, receive_time, batches, batch });
-                }
-            }
-            self.tail.publish(entries);
-        }
-        self.latest.catch_up(&self.store, &self.registry).await
+        self.publisher.catch_up().await
     }
 }
 
@@ -421,6 +467,11 @@ fn unchanged(row: StreamRow) -> StreamChange {
     StreamChange { key: row.key, sequence_before, sequence_after, ..StreamChange::default() }
 }
 
+/// The streams of all runs, in the order of their rows' locks.
+fn streams_of(waiting: &[Submitted]) -> BTreeSet<(DeviceKey, StreamId)> {
+    waiting.iter().map(|Submitted { run, .. }| (run.device.key, run.stream_id)).collect()
+}
+
 /// Where a batch stands in its stream.
 enum Place {
     /// It is the next one.
@@ -440,7 +491,7 @@ fn place(change: &mut StreamChange, batch: &RunBatch, receive_time: Timestamp) -
         return Place::Known;
     }
     // The sequences that the device says it lost close the hole before this one.
-    if batch.sequence - last > batch.lost_batches.saturating_add(1) {
+    if batch.leaves_gap(last) {
         return Place::Behind { expected: last + 1 };
     }
     let skipped = batch.sequence - last - 1;
@@ -478,14 +529,8 @@ async fn stage_sensors(tx: &mut WriteTx<'_>, group: &mut Group, device: &Arc<Dev
     let staged = group.sensors.entry(device.key).or_insert_with(|| StagedSensors { device: device.clone(), rows: HashMap::new() });
     let mut as_wanted = true;
     for change in changes {
-        let row = if change.key == 0 {
-            let row = tx.insert_sensor(device.key, &change).await?;
-            as_wanted &= row.kind == change.kind && row.unit == change.unit;
-            row
-        } else {
-            tx.set_sensor_unit(&change).await?;
-            change
-        };
+        let row = if change.key == 0 { tx.insert_sensor(device.key, &change).await? } else { tx.set_sensor_unit(&change).await? };
+        as_wanted &= row.kind == change.kind && row.unit == change.unit;
         staged.rows.insert(row.name.clone(), row);
     }
     Ok(as_wanted)

@@ -70,7 +70,7 @@ impl Latest {
         let (saved, rows) = store.latest().await?;
         for LatestRow { device, batch, .. } in rows {
             if let Some(device) = registry.by_key(device).await? {
-                state.add(&device, stored_readings(&device, batch)?, saved);
+                state.add(&device, stored_readings(&device, batch)?.0, saved);
             }
         }
         state.position = saved;
@@ -86,13 +86,27 @@ impl Latest {
             let rows = store.read_log(behind, ROWS_PER_READ, BYTES_PER_READ).await?;
             let Some(last) = rows.last() else { return Ok(()) };
             behind = last.position;
-            for LogRow { position, device, batch, .. } in rows {
-                let Some(device) = registry.by_key(device).await? else { continue };
-                let readings = stored_readings(&device, batch)?;
-                self.state.lock().add(&device, readings, position);
+            for row in rows {
+                if let Some(device) = registry.by_key(row.device).await? {
+                    self.add_stored(store, &device, &row).await?;
+                }
             }
             self.state.lock().position = behind;
         }
+    }
+
+    /// Takes over an entry of the log; positions must come in order.
+    pub async fn add_stored(&self, store: &Store, device: &Arc<Device>, row: &LogRow) -> Result<(), StoreError> {
+        let (mut readings, whole) = stored_readings(device, row.batch.clone())?;
+        if !whole {
+            // Another gateway has registered some sensors, or a commit of unknown outcome has.
+            device.learn(store.sensors(device.key).await?);
+            (readings, _) = stored_readings(device, row.batch.clone())?;
+        }
+        let mut state = self.state.lock();
+        state.position = row.position;
+        state.add(device, readings, row.position);
+        Ok(())
     }
 
     /// Takes over committed batches with the positions of their entries, which must come in order.
@@ -195,17 +209,18 @@ impl State {
     }
 }
 
-/// The latest reading of each column of a stored entry.
-fn stored_readings(device: &Device, batch: bytes::Bytes) -> Result<Vec<LatestReading>, StoreError> {
+/// The latest reading of each column of a stored entry whose sensor is known, and whether all are.
+fn stored_readings(device: &Device, batch: bytes::Bytes) -> Result<(Vec<LatestReading>, bool), StoreError> {
     let columns = decode_stored(batch, |_| true).map_err(|why| StoreError::Damaged(format!("a batch of {}: {why}", device.id)))?;
     let known = device.sensors();
+    let whole = columns.iter().all(|column| known.get(&column.sensor).is_some());
     let readings = columns.into_iter().filter_map(|column| {
         // The last row of the latest time, as when the batch came in.
         let (row, &time) = column.times.iter().enumerate().max_by_key(|(_, time)| **time)?;
         let sensor_key = known.get(&column.sensor)?.key;
         Some(LatestReading { sensor_key, time: Timestamp::from_micros(time)?, value: column.values.get(row)? })
     });
-    Ok(readings.collect())
+    Ok((readings.collect(), whole))
 }
 
 impl DeviceLatest {
@@ -238,7 +253,7 @@ impl DeviceLatest {
         let rows = changed.map(|(sensor, reading)| {
             let frame = pb::Frame { columns: vec![reading.column(sensor)], ..reading.frame() };
             let batch = pb::Batch { frames: vec![frame] }.encode_to_vec().into();
-            LatestRow { sensor_key: reading.sensor_key, device: self.device.key, time: reading.time, batch }
+            LatestRow { sensor_key: reading.sensor_key, device: self.device.key, time: reading.time, batch, position: reading.position }
         });
         rows.collect()
     }

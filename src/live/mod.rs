@@ -2,10 +2,12 @@
 
 pub mod follower;
 pub mod latest;
+pub mod publisher;
 pub mod tail;
 
 pub use follower::{Filter, Follower, Item, Start};
 pub use latest::{DeviceLatest, Latest};
+pub use publisher::Publisher;
 pub use tail::{Tail, TailEntry};
 
 #[cfg(test)]

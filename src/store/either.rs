@@ -2,7 +2,8 @@
 
 use super::{
     ChunkSpan, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, Count, DeviceKey, DeviceRow, Extent, LatestRow, LedgerRow, LogRow,
-    LogSize, NewChunk, NewLogRow, NewRejection, SensorRow, StoreError, StreamChange, StreamRow, Unmerged,
+    LogSize, Migrated, NewChunk, NewLogRow, NewRejection, SensorRow, StoreError, StreamChange, StreamRow, Unmerged,
+    postgres::{PostgresChanges, PostgresStore, PostgresTx},
     sqlite::{SqliteStore, SqliteTx},
 };
 use crate::{
@@ -17,12 +18,16 @@ use std::collections::HashMap;
 pub enum Store {
     /// One file, one gateway.
     Sqlite(SqliteStore),
+    /// A database that several gateways may share.
+    Postgres(PostgresStore),
 }
 
 /// A transaction that writes. Dropped before [`commit`](Self::commit) it leaves nothing.
 pub enum WriteTx<'a> {
     /// Into the file.
     Sqlite(SqliteTx<'a>),
+    /// Into the shared database.
+    Postgres(PostgresTx<'a>),
 }
 
 /// Methods that call the same method of the store or transaction at hand.
@@ -33,6 +38,7 @@ macro_rules! hand_on {
         pub async fn $name(&self $(, $arg: $type)*) -> $result {
             match self {
                 Self::Sqlite(store) => store.$name($($arg),*).await,
+                Self::Postgres(store) => store.$name($($arg),*).await,
             }
         }
         hand_on! { $($rest)* }
@@ -42,6 +48,7 @@ macro_rules! hand_on {
         pub async fn $name(&mut self $(, $arg: $type)*) -> $result {
             match self {
                 Self::Sqlite(tx) => tx.$name($($arg),*).await,
+                Self::Postgres(tx) => tx.$name($($arg),*).await,
             }
         }
         hand_on! { $($rest)* }
@@ -51,13 +58,36 @@ macro_rules! hand_on {
 impl Store {
     /// Opens the database that the settings name, makes it when there is none, and brings its tables to this version's form.
     pub async fn open(settings: &Storage) -> Result<Self, StoreError> {
-        Ok(Self::Sqlite(SqliteStore::open(settings).await?))
+        if settings.url.is_empty() {
+            Ok(Self::Sqlite(SqliteStore::open(settings).await?))
+        } else {
+            Ok(Self::Postgres(PostgresStore::open(settings).await?))
+        }
+    }
+
+    /// Brings the tables of the database that the settings name to this version's form, and says what that took.
+    pub async fn migrate(settings: &Storage) -> Result<Migrated, StoreError> {
+        if settings.url.is_empty() { SqliteStore::migrate(settings).await } else { PostgresStore::migrate(settings).await }
+    }
+
+    /// Whether other gateways may write to the same database.
+    pub fn is_shared(&self) -> bool {
+        matches!(self, Self::Postgres(_))
+    }
+
+    /// What other gateways on the same database change from now on; `None` where there are no others.
+    pub async fn changes(&self) -> Result<Option<PostgresChanges>, StoreError> {
+        match self {
+            Self::Sqlite(_) => Ok(None),
+            Self::Postgres(store) => Ok(Some(store.changes().await?)),
+        }
     }
 
     /// Begins a transaction; waits for the one before it to end.
     pub async fn begin(&self) -> Result<WriteTx<'_>, StoreError> {
         match self {
             Self::Sqlite(store) => Ok(WriteTx::Sqlite(store.begin().await?)),
+            Self::Postgres(store) => Ok(WriteTx::Postgres(store.begin().await?)),
         }
     }
 
@@ -65,6 +95,7 @@ impl Store {
     pub async fn close(&self) {
         match self {
             Self::Sqlite(store) => store.close().await,
+            Self::Postgres(store) => store.close().await,
         }
     }
 
@@ -104,6 +135,9 @@ impl Store {
 
         /// How large the rows behind `after` are, in order: at most `rows_max`.
         async fn log_sizes(&self, after: Position, rows_max: usize) -> Result<Vec<LogSize>, StoreError>;
+
+        /// Whether this gateway is, or from now on can be, the one that merges, prunes and expires what all have stored.
+        async fn lead_upkeep(&self) -> Result<bool, StoreError>;
 
         /// All of the log up to this position is in the chunks.
         async fn merged_position(&self) -> Result<Position, StoreError>;
@@ -163,7 +197,7 @@ impl Store {
         /// All latest readings, and the position that they are as of.
         async fn latest(&self) -> Result<(Position, Vec<LatestRow>), StoreError>;
 
-        /// Writes latest readings that changed, but none of a device that was deleted meanwhile: nobody would delete them any more.
+        /// Writes latest readings that changed, unless later ones are there, but none of a device that was deleted meanwhile: nobody would delete them any more.
         /// With a `position`, what is there is now as of it.
         async fn save_latest(&self, rows: &[LatestRow], position: Option<Position>) -> Result<(), StoreError>;
     }
@@ -180,6 +214,7 @@ impl WriteTx<'_> {
     pub async fn commit_then(self, tell: impl FnOnce(bool)) -> Result<(), StoreError> {
         match self {
             Self::Sqlite(tx) => tx.commit_then(tell).await,
+            Self::Postgres(tx) => tx.commit_then(tell).await,
         }
     }
 
@@ -187,6 +222,7 @@ impl WriteTx<'_> {
     pub async fn rollback(self) -> Result<(), StoreError> {
         match self {
             Self::Sqlite(tx) => tx.rollback().await,
+            Self::Postgres(tx) => tx.rollback().await,
         }
     }
 
@@ -194,7 +230,12 @@ impl WriteTx<'_> {
         /// Where a stream stands; a new one is made when there is none.
         async fn stream(&mut self, device: DeviceKey, stream_id: StreamId, now: Timestamp) -> Result<StreamRow, StoreError>;
 
-        /// Appends to the log; returns the first of the new positions, which follow one another without a hole.
+        /// Reads where streams stand, and keeps other gateways from moving them on until the commit. Streams that are not there
+        /// are left out, as are all where no other gateway can be.
+        async fn lock_streams(&mut self, streams: &[(DeviceKey, StreamId)]) -> Result<Vec<((DeviceKey, StreamId), StreamRow)>, StoreError>;
+
+        /// Appends to the log; returns the first of the new positions, which follow one another without a hole. All others who
+        /// append to a shared database wait from here to the commit, so it comes last.
         async fn append(&mut self, rows: &[NewLogRow]) -> Result<Position, StoreError>;
 
         /// Puts new chunks in the place of others, but no chunk of a device that was deleted meanwhile: nobody would delete it any more.
@@ -225,6 +266,9 @@ impl WriteTx<'_> {
             now: Timestamp,
         ) -> Result<Option<DeviceRow>, StoreError>;
 
+        /// What the store holds of a device, which no other gateway changes until the commit; `None` when it was deleted.
+        async fn lock_device(&mut self, device: DeviceKey) -> Result<Option<DeviceRow>, StoreError>;
+
         /// Changes a device that is still at `revision`; `None` when it is not.
         async fn update_device(
             &mut self,
@@ -241,8 +285,8 @@ impl WriteTx<'_> {
         /// Registers a sensor; the row that is there when the name is taken.
         async fn insert_sensor(&mut self, device: DeviceKey, sensor: &SensorRow) -> Result<SensorRow, StoreError>;
 
-        /// Writes a sensor's unit, which was not said before.
-        async fn set_sensor_unit(&mut self, sensor: &SensorRow) -> Result<(), StoreError>;
+        /// Writes a sensor's unit, unless one was said before; the row that is then there.
+        async fn set_sensor_unit(&mut self, sensor: &SensorRow) -> Result<SensorRow, StoreError>;
 
         /// Writes what a sensor allows.
         async fn set_sensor_allowance(&mut self, sensor: &SensorRow) -> Result<(), StoreError>;

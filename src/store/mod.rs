@@ -4,14 +4,18 @@
 //! After a write has failed its connection is thrown away, so the next one begins from what the store itself then holds.
 
 mod either;
+mod postgres;
+mod rows;
 mod sqlite;
 
 pub use either::{Store, WriteTx};
+pub use postgres::PostgresChanges;
 pub use sqlite::backup;
 
 use crate::history::chunk::Chunk;
 use crate::model::{BatchReject, BatchSummary, DeviceId, Labels, Position, StreamId, Timestamp, ValueKind};
 use bytes::Bytes;
+use sqlx::migrate::{Migrate, Migrator};
 
 /// Why the store could not do what was asked. Not for clients: they are told [`crate::error::Error::StoreUnavailable`].
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +52,9 @@ pub enum StoreError {
     /// A row holds what this program can't have written.
     #[error("the database is damaged: {0}")]
     Damaged(String),
+    /// Another gateway may have merged since this one has looked.
+    #[error("another gateway may have taken over merging")]
+    NotLeading,
     /// A stream's row is not as the transaction read it.
     #[error("{changed} of {expected} stream rows were as they had been read: somebody else writes to the database")]
     StreamConflict {
@@ -71,6 +78,59 @@ impl From<sqlx::Error> for StoreError {
             _ => Self::Database(error),
         }
     }
+}
+
+impl StoreError {
+    /// Whether another gateway was quicker: nothing has happened, and the same may be tried again from what the store now holds.
+    pub fn is_conflict(&self) -> bool {
+        /// PostgreSQL's codes for a serialization failure and a deadlock.
+        const LOST_AGAINST_ANOTHER: [&str; 2] = ["40001", "40P01"];
+        match self {
+            Self::StreamConflict { .. } => true,
+            Self::Database(sqlx::Error::Database(error)) => error.code().is_some_and(|code| LOST_AGAINST_ANOTHER.contains(&&*code)),
+            _ => false,
+        }
+    }
+}
+
+/// What another gateway on the same database has changed; says where to look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// The log, up to a position.
+    Log(Position),
+    /// A device, or what its sensors allow; or it was deleted.
+    Device(DeviceKey),
+    /// A device's configuration, or how far it has come.
+    Config(DeviceKey),
+}
+
+/// What bringing a database to this version's form took.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Migrated {
+    /// The migrations that were applied now: number and name.
+    pub applied: Vec<(i64, String)>,
+    /// The number of the last one.
+    pub version: i64,
+}
+
+impl Migrated {
+    fn log(&self) {
+        for (version, name) in &self.applied {
+            tracing::info!(version, name, "store.migrated");
+        }
+    }
+}
+
+/// Brings a database to this version's form, with nobody else at it meanwhile.
+async fn migrate<C: Migrate>(migrator: &Migrator, connection: &mut C) -> Result<Migrated, StoreError> {
+    connection.lock().await?;
+    connection.ensure_migrations_table(&migrator.table_name).await?;
+    let before = connection.list_applied_migrations(&migrator.table_name).await?;
+    migrator.run_direct(None, connection, false).await?;
+    connection.unlock().await?;
+    let new = migrator.iter().filter(|migration| before.iter().all(|applied| applied.version != migration.version));
+    let applied = new.map(|migration| (migration.version, migration.description.to_string())).collect();
+    Ok(Migrated { applied, version: migrator.iter().map(|migration| migration.version).max().unwrap_or(0) })
 }
 
 /// A device's number in the store; never used for another device.
@@ -294,6 +354,8 @@ pub struct LatestRow {
     pub time: Timestamp,
     /// The reading, as an encoded batch of its own.
     pub batch: Bytes,
+    /// The position of the batch that it came with, or one behind it.
+    pub position: Position,
 }
 
 /// One numbered state of a device's desired configuration.

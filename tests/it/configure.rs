@@ -1,8 +1,8 @@
 //! Configure: an operator sets configurations, and watches devices take them.
 
 use crate::support::{
-    TestGateway,
     client::{TestDevice, configs, devices},
+    database::{Database, on_each_database},
     soon,
     streams::{Desk, Link, create, device_target, step},
 };
@@ -13,9 +13,19 @@ use tidegate::{
 };
 use tonic::Code;
 
-#[tokio::test]
-async fn a_configuration_is_accepted_delivered_and_applied_and_the_operator_sees_each_step() {
-    let gateway = TestGateway::start().await;
+on_each_database!(
+    a_configuration_is_accepted_delivered_and_applied_and_the_operator_sees_each_step,
+    a_device_made_again_under_its_id_gets_a_revision_that_it_has_never_seen,
+    an_etag_that_is_not_current_and_a_device_that_is_not_there_are_refused,
+    a_request_that_is_sent_twice_is_carried_out_once,
+    a_selector_sets_all_that_match_and_a_watch_sees_where_they_stand_and_what_comes,
+    every_request_has_an_end_that_counts_its_devices,
+    a_desk_watches_a_limited_number_of_selectors,
+    a_stop_interrupts_a_request_for_many_devices,
+);
+
+async fn a_configuration_is_accepted_delivered_and_applied_and_the_operator_sees_each_step(on: Database) {
+    let gateway = on.gateway().await;
     let channel = gateway.channel();
     let device = TestDevice::new(&channel, "pump-1");
     let (mut link, _) = Link::open(&device, 0).await;
@@ -53,9 +63,8 @@ async fn a_configuration_is_accepted_delivered_and_applied_and_the_operator_sees
 
 /// Scenario: a device is deleted, and one with its id is made that gets another configuration. Guarantee: the device in the
 /// field, which remembers the old one's revision, gets the new one.
-#[tokio::test]
-async fn a_device_made_again_under_its_id_gets_a_revision_that_it_has_never_seen() {
-    let gateway = TestGateway::start().await;
+async fn a_device_made_again_under_its_id_gets_a_revision_that_it_has_never_seen(on: Database) {
+    let gateway = on.gateway().await;
     let channel = gateway.channel();
     create(&channel, "pump-1", &[]).await;
     let mut desk = Desk::open(&channel).await;
@@ -73,9 +82,8 @@ async fn a_device_made_again_under_its_id_gets_a_revision_that_it_has_never_seen
     assert_eq!(link.next_config().await, (old.revision + 1, json!({"n": "new"})));
 }
 
-#[tokio::test]
-async fn an_etag_that_is_not_current_and_a_device_that_is_not_there_are_refused() {
-    let gateway = TestGateway::start().await;
+async fn an_etag_that_is_not_current_and_a_device_that_is_not_there_are_refused(on: Database) {
+    let gateway = on.gateway().await;
     let channel = gateway.channel();
     create(&channel, "pump-1", &[]).await;
     let mut desk = Desk::open(&channel).await;
@@ -102,9 +110,8 @@ async fn an_etag_that_is_not_current_and_a_device_that_is_not_there_are_refused(
     assert_eq!(missing.code(), Code::NotFound);
 }
 
-#[tokio::test]
-async fn a_request_that_is_sent_twice_is_carried_out_once() {
-    let gateway = TestGateway::start().await;
+async fn a_request_that_is_sent_twice_is_carried_out_once(on: Database) {
+    let gateway = on.gateway().await;
     let channel = gateway.channel();
     create(&channel, "pump-1", &[]).await;
     let mut desk = Desk::open(&channel).await;
@@ -116,9 +123,8 @@ async fn a_request_that_is_sent_twice_is_carried_out_once() {
     assert_eq!(desk.step().await, step("pump-1", 2, ConfigState::Accepted));
 }
 
-#[tokio::test]
-async fn a_selector_sets_all_that_match_and_a_watch_sees_where_they_stand_and_what_comes() {
-    let gateway = TestGateway::start().await;
+async fn a_selector_sets_all_that_match_and_a_watch_sees_where_they_stand_and_what_comes(on: Database) {
+    let gateway = on.gateway().await;
     let channel = gateway.channel();
     for (id, site) in [("a", "berlin"), ("b", "paris"), ("c", "berlin")] {
         create(&channel, id, &[("site", site)]).await;
@@ -141,9 +147,8 @@ async fn a_selector_sets_all_that_match_and_a_watch_sees_where_they_stand_and_wh
     assert_eq!(watcher.step().await, step("b", 1, ConfigState::Accepted));
 }
 
-#[tokio::test]
-async fn every_request_has_an_end_that_counts_its_devices() {
-    let gateway = TestGateway::start().await;
+async fn every_request_has_an_end_that_counts_its_devices(on: Database) {
+    let gateway = on.gateway().await;
     let channel = gateway.channel();
     create(&channel, "a", &[("site", "berlin")]).await;
     let mut desk = Desk::open(&channel).await;
@@ -168,9 +173,8 @@ async fn every_request_has_an_end_that_counts_its_devices() {
     desk.close().await;
 }
 
-#[tokio::test]
-async fn a_desk_watches_a_limited_number_of_selectors() {
-    let gateway = TestGateway::start().await;
+async fn a_desk_watches_a_limited_number_of_selectors(on: Database) {
+    let gateway = on.gateway().await;
     let mut desk = Desk::open(&gateway.channel()).await;
     for number in 0..16 {
         desk.watch(watch_config::Target::LabelSelector(format!("site=s{number}"))).await;
@@ -186,10 +190,9 @@ async fn a_desk_watches_a_limited_number_of_selectors() {
 
 /// Scenario: the gateway is stopped while it sets the configuration of many devices. Guarantee: it does not go on to the last
 /// of them first; the operator, told so, sends the request again elsewhere.
-#[tokio::test]
-async fn a_stop_interrupts_a_request_for_many_devices() {
+async fn a_stop_interrupts_a_request_for_many_devices(on: Database) {
     const DEVICES: usize = 200;
-    let gateway = TestGateway::start().await;
+    let gateway = on.gateway().await;
     let channel = gateway.channel();
     for number in 0..DEVICES {
         create(&channel, &format!("d-{number}"), &[("site", "berlin")]).await;

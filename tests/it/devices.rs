@@ -1,12 +1,21 @@
 //! The registry: devices are made, found, changed and deleted with all that is theirs.
 
 use crate::support::{
-    TestGateway,
     client::{T0, TestDevice, column, devices, encode, frame, nth_temperatures},
+    database::{Database, on_each_database},
     eventually,
 };
 use tidegate::{error::StatusFacts, model::columns::Values, pb};
 use tonic::{Code, Status};
+
+on_each_database!(
+    devices_are_created_read_changed_and_listed_in_pages,
+    sensors_are_registered_by_what_is_uploaded_and_odd_units_are_flagged,
+    a_deleted_device_is_gone_with_its_readings_and_its_id_can_be_used_anew,
+    the_registry_takes_so_many_devices_and_no_more,
+    without_auto_registration_only_known_devices_can_upload,
+    queries_are_bounded_in_time_by_sensor_and_in_size_and_sum_up_in_buckets,
+);
 
 fn device(id: &str, labels: &[(&str, &str)]) -> pb::Device {
     let labels = labels.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
@@ -17,9 +26,8 @@ fn reason(status: &Status) -> String {
     StatusFacts::of(status).reason().to_owned()
 }
 
-#[tokio::test]
-async fn devices_are_created_read_changed_and_listed_in_pages() {
-    let gateway = TestGateway::start().await;
+async fn devices_are_created_read_changed_and_listed_in_pages(on: Database) {
+    let gateway = on.gateway().await;
     let mut client = devices(&gateway.channel());
     let create = |device| pb::CreateDeviceRequest { device: Some(device) };
     for index in 0..25 {
@@ -61,9 +69,8 @@ async fn devices_are_created_read_changed_and_listed_in_pages() {
     assert_eq!(again.into_inner().device.expect("set").display_name, "Pump 0");
 }
 
-#[tokio::test]
-async fn sensors_are_registered_by_what_is_uploaded_and_odd_units_are_flagged() {
-    let gateway = TestGateway::start().await;
+async fn sensors_are_registered_by_what_is_uploaded_and_odd_units_are_flagged(on: Database) {
+    let gateway = on.gateway().await;
     let pump = TestDevice::new(&gateway.channel(), "pump-1");
     let columns = vec![
         column("rpm", "rev/fortnight", Values::Int64(vec![1])),
@@ -80,9 +87,8 @@ async fn sensors_are_registered_by_what_is_uploaded_and_odd_units_are_flagged() 
     assert_eq!(shown, [("rpm", "rev/fortnight", false, 2), ("state", "", false, 4), ("t", "Cel", true, 1)]);
 }
 
-#[tokio::test]
-async fn a_deleted_device_is_gone_with_its_readings_and_its_id_can_be_used_anew() {
-    let gateway = TestGateway::start().await;
+async fn a_deleted_device_is_gone_with_its_readings_and_its_id_can_be_used_anew(on: Database) {
+    let gateway = on.gateway().await;
     let pump = TestDevice::new(&gateway.channel(), "pump-1");
     let other = TestDevice::new(&gateway.channel(), "pump-2");
     pump.upload_nth(1..=3).await.expect("accepted");
@@ -115,9 +121,8 @@ async fn a_deleted_device_is_gone_with_its_readings_and_its_id_can_be_used_anew(
     .await;
 }
 
-#[tokio::test]
-async fn the_registry_takes_so_many_devices_and_no_more() {
-    let gateway = TestGateway::start_with(|config| config.devices.devices_max = 2).await;
+async fn the_registry_takes_so_many_devices_and_no_more(on: Database) {
+    let gateway = on.gateway_with(|config| config.devices.devices_max = 2).await;
     TestDevice::new(&gateway.channel(), "a").upload_nth([1]).await.expect("the first");
     TestDevice::new(&gateway.channel(), "b").upload_nth([1]).await.expect("the second");
     let refused = TestDevice::new(&gateway.channel(), "c").upload_nth([1]).await.expect_err("the third");
@@ -140,9 +145,8 @@ async fn the_registry_takes_so_many_devices_and_no_more() {
     assert_eq!(taken, 1);
 }
 
-#[tokio::test]
-async fn without_auto_registration_only_known_devices_can_upload() {
-    let gateway = TestGateway::start_with(|config| config.devices.auto_register = false).await;
+async fn without_auto_registration_only_known_devices_can_upload(on: Database) {
+    let gateway = on.gateway_with(|config| config.devices.auto_register = false).await;
     let pump = TestDevice::new(&gateway.channel(), "pump-1");
     let refused = pump.upload_nth([1]).await.expect_err("unknown");
     assert_eq!((refused.code(), reason(&refused).as_str()), (Code::NotFound, "DEVICE_NOT_FOUND"));
@@ -150,9 +154,8 @@ async fn without_auto_registration_only_known_devices_can_upload() {
     pump.upload_nth([1]).await.expect("known");
 }
 
-#[tokio::test]
-async fn queries_are_bounded_in_time_by_sensor_and_in_size_and_sum_up_in_buckets() {
-    let gateway = TestGateway::start_with(|config| config.query.readings_max = 50).await;
+async fn queries_are_bounded_in_time_by_sensor_and_in_size_and_sum_up_in_buckets(on: Database) {
+    let gateway = on.gateway_with(|config| config.query.readings_max = 50).await;
     let channel = gateway.channel();
     let pump = TestDevice::new(&channel, "pump-1");
     pump.upload_nth(1..=6).await.expect("accepted");

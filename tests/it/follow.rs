@@ -1,8 +1,8 @@
 //! Follow: the past that was asked for, a marker, then live; each reading once, in order, however slow the follower.
 
 use crate::support::{
-    TestGateway,
     client::{SECOND, T0, TestDevice, column, devices, encode, frame, live, nth_batch, nth_temperatures},
+    database::{Database, on_each_database},
     soon,
 };
 use tidegate::{
@@ -11,6 +11,18 @@ use tidegate::{
     pb::{self, follow_request::Start, follow_response::Message},
 };
 use tonic::{Code, Status, Streaming, transport::Channel};
+
+on_each_database!(
+    latest_values_then_the_marker_then_live,
+    a_replay_from_the_beginning_and_one_that_was_there_all_along_show_the_same,
+    a_token_resumes_without_a_gap_or_a_repetition_also_after_a_restart,
+    a_follower_that_is_slow_is_served_from_the_store_and_holds_nobody_up,
+    filters_by_device_label_and_sensor,
+    a_replay_by_time_begins_with_what_came_in_then,
+    silence_is_filled_with_heartbeats_and_a_stop_is_told,
+    bad_requests_are_refused_with_every_violation,
+    a_cancelled_follower_leaves_nothing_open,
+);
 
 /// A follower, and what it was shown.
 struct Follower {
@@ -62,9 +74,8 @@ fn decode(batch: bytes::Bytes) -> Vec<(i64, f64)> {
     rows.collect()
 }
 
-#[tokio::test]
-async fn latest_values_then_the_marker_then_live() {
-    let gateway = TestGateway::start().await;
+async fn latest_values_then_the_marker_then_live(on: Database) {
+    let gateway = on.gateway().await;
     let channel = gateway.channel();
     let device = TestDevice::new(&channel, "pump-1");
     device.upload_nth(1..=3).await.expect("accepted");
@@ -83,9 +94,8 @@ async fn latest_values_then_the_marker_then_live() {
     assert_eq!(follower.temperatures("pump-1", 20).await, nth_temperatures(4..=5));
 }
 
-#[tokio::test]
-async fn a_replay_from_the_beginning_and_one_that_was_there_all_along_show_the_same() {
-    let gateway = TestGateway::start().await;
+async fn a_replay_from_the_beginning_and_one_that_was_there_all_along_show_the_same(on: Database) {
+    let gateway = on.gateway().await;
     let channel = gateway.channel();
     let device = TestDevice::new(&channel, "pump-1");
     let mut early = Follower::from(&channel, Start::LiveOnly(true)).await;
@@ -98,9 +108,8 @@ async fn a_replay_from_the_beginning_and_one_that_was_there_all_along_show_the_s
     assert!(matches!(late.next().await, Message::Synced(_)));
 }
 
-#[tokio::test]
-async fn a_token_resumes_without_a_gap_or_a_repetition_also_after_a_restart() {
-    let gateway = TestGateway::start().await;
+async fn a_token_resumes_without_a_gap_or_a_repetition_also_after_a_restart(on: Database) {
+    let gateway = on.gateway().await;
     let device = TestDevice::new(&gateway.channel(), "pump-1");
     // One by one: what comes in together is shown together.
     for sequence in 1..=10 {
@@ -117,10 +126,9 @@ async fn a_token_resumes_without_a_gap_or_a_repetition_also_after_a_restart() {
     assert_eq!(seen, nth_temperatures(1..=12));
 }
 
-#[tokio::test]
-async fn a_follower_that_is_slow_is_served_from_the_store_and_holds_nobody_up() {
+async fn a_follower_that_is_slow_is_served_from_the_store_and_holds_nobody_up(on: Database) {
     // A tail that holds a few batches only: whoever reads slower than these come falls behind it.
-    let gateway = TestGateway::start_with(|config| config.live.tail_bytes_max = 64 << 10).await;
+    let gateway = on.gateway_with(|config| config.live.tail_bytes_max = 64 << 10).await;
     let channel = gateway.channel();
     let device = TestDevice::new(&channel, "pump-1");
     let mut slow = Follower::from(&gateway.channel(), Start::LiveOnly(true)).await;
@@ -130,9 +138,8 @@ async fn a_follower_that_is_slow_is_served_from_the_store_and_holds_nobody_up() 
     assert_eq!(slow.temperatures("pump-1", 30_000).await, nth_temperatures(1..=3_000));
 }
 
-#[tokio::test]
-async fn filters_by_device_label_and_sensor() {
-    let gateway = TestGateway::start().await;
+async fn filters_by_device_label_and_sensor(on: Database) {
+    let gateway = on.gateway().await;
     let channel = gateway.channel();
     for (id, site) in [("a", "berlin"), ("b", "paris"), ("c", "berlin")] {
         let device = pb::Device { id: id.into(), labels: [("site".to_owned(), site.to_owned())].into(), ..Default::default() };
@@ -159,9 +166,8 @@ async fn filters_by_device_label_and_sensor() {
     assert_eq!(show(pb::FollowRequest { sensors: vec!["v".into()], ..all }).await, [""; 0]);
 }
 
-#[tokio::test]
-async fn a_replay_by_time_begins_with_what_came_in_then() {
-    let gateway = TestGateway::start().await;
+async fn a_replay_by_time_begins_with_what_came_in_then(on: Database) {
+    let gateway = on.gateway().await;
     let channel = gateway.channel();
     let device = TestDevice::new(&channel, "pump-1");
     let mut all = Follower::from(&channel, Start::LiveOnly(true)).await;
@@ -176,9 +182,8 @@ async fn a_replay_by_time_begins_with_what_came_in_then() {
     assert_eq!(later.temperatures("pump-1", 30).await, nth_temperatures(3..=5));
 }
 
-#[tokio::test]
-async fn silence_is_filled_with_heartbeats_and_a_stop_is_told() {
-    let gateway = TestGateway::start().await;
+async fn silence_is_filled_with_heartbeats_and_a_stop_is_told(on: Database) {
+    let gateway = on.gateway().await;
     let second = prost_types::Duration { seconds: 1, nanos: 0 };
     let mut follower =
         Follower::open(&gateway.channel(), pb::FollowRequest { heartbeat_interval: Some(second), ..Default::default() }).await;
@@ -198,9 +203,8 @@ async fn silence_is_filled_with_heartbeats_and_a_stop_is_told() {
     assert!(gateway.stop().await, "a follower does not hold up the stop");
 }
 
-#[tokio::test]
-async fn bad_requests_are_refused_with_every_violation() {
-    let gateway = TestGateway::start().await;
+async fn bad_requests_are_refused_with_every_violation(on: Database) {
+    let gateway = on.gateway().await;
     let request = pb::FollowRequest {
         devices: vec!["ok".into(), "not ok".into()],
         label_selector: "=".into(),
@@ -222,9 +226,8 @@ async fn bad_requests_are_refused_with_every_violation() {
     assert_eq!(live(&gateway.channel()).follow(ahead).await.expect_err("nothing is there yet").code(), Code::InvalidArgument);
 }
 
-#[tokio::test]
-async fn a_cancelled_follower_leaves_nothing_open() {
-    let gateway = TestGateway::start().await;
+async fn a_cancelled_follower_leaves_nothing_open(on: Database) {
+    let gateway = on.gateway().await;
     let mut follower = Follower::open(&gateway.channel(), pb::FollowRequest::default()).await;
     assert!(matches!(follower.next().await, Message::Synced(_)));
     let series = "tidegate_grpc_requests_in_flight{method=\"tidegate.v1.LiveService/Follow\"}";

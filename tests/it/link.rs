@@ -1,8 +1,8 @@
 //! Connect: batches up and acknowledgements down, configurations down and reports up, on one stream.
 
 use crate::support::{
-    TestGateway,
     client::{TestDevice, configs, links, nth_batch, nth_temperatures, temperatures},
+    database::{Database, on_each_database},
     eventually, soon,
     streams::{Desk, Link, create, device_target, step},
 };
@@ -13,9 +13,16 @@ use tidegate::{
 };
 use tokio::sync::mpsc;
 
-#[tokio::test]
-async fn batches_are_acknowledged_on_the_stream_and_resumed_after_a_break() {
-    let gateway = TestGateway::start().await;
+on_each_database!(
+    batches_are_acknowledged_on_the_stream_and_resumed_after_a_break,
+    a_gap_does_not_end_the_stream_and_the_device_goes_on_from_what_is_expected,
+    a_device_that_closes_its_side_gets_its_last_acknowledgements_and_an_ok,
+    an_offline_device_gets_the_latest_revision_when_it_connects_and_only_that,
+    a_stream_that_does_not_begin_with_hello_and_reports_of_nothing_are_refused,
+);
+
+async fn batches_are_acknowledged_on_the_stream_and_resumed_after_a_break(on: Database) {
+    let gateway = on.gateway().await;
     let device = TestDevice::new(&gateway.channel(), "pump-1");
     let (mut link, welcome) = Link::open(&device, 0).await;
     assert_eq!(welcome.last_durable_sequence, 0);
@@ -38,9 +45,8 @@ async fn batches_are_acknowledged_on_the_stream_and_resumed_after_a_break() {
     assert_eq!(device.stored_temperatures().await, nth_temperatures((1..=100).chain([102])));
 }
 
-#[tokio::test]
-async fn a_gap_does_not_end_the_stream_and_the_device_goes_on_from_what_is_expected() {
-    let gateway = TestGateway::start().await;
+async fn a_gap_does_not_end_the_stream_and_the_device_goes_on_from_what_is_expected(on: Database) {
+    let gateway = on.gateway().await;
     let device = TestDevice::new(&gateway.channel(), "pump-1");
     let (mut link, _) = Link::open(&device, 0).await;
     link.send_batch(1, nth_batch(1)).await;
@@ -59,9 +65,8 @@ async fn a_gap_does_not_end_the_stream_and_the_device_goes_on_from_what_is_expec
     assert_eq!(device.stored_temperatures().await, nth_temperatures(1..=5));
 }
 
-#[tokio::test]
-async fn a_device_that_closes_its_side_gets_its_last_acknowledgements_and_an_ok() {
-    let gateway = TestGateway::start().await;
+async fn a_device_that_closes_its_side_gets_its_last_acknowledgements_and_an_ok(on: Database) {
+    let gateway = on.gateway().await;
     let device = TestDevice::new(&gateway.channel(), "pump-1");
     let (mut link, _) = Link::open(&device, 0).await;
     for sequence in 1..=20 {
@@ -73,9 +78,8 @@ async fn a_device_that_closes_its_side_gets_its_last_acknowledgements_and_an_ok(
     assert_eq!(link.try_next().await.expect("OK"), None);
 }
 
-#[tokio::test]
-async fn an_offline_device_gets_the_latest_revision_when_it_connects_and_only_that() {
-    let gateway = TestGateway::start().await;
+async fn an_offline_device_gets_the_latest_revision_when_it_connects_and_only_that(on: Database) {
+    let gateway = on.gateway().await;
     let channel = gateway.channel();
     create(&channel, "pump-1", &[]).await;
     let mut desk = Desk::open(&channel).await;
@@ -115,9 +119,8 @@ async fn an_offline_device_gets_the_latest_revision_when_it_connects_and_only_th
     assert_eq!((numbers(&second), second.next_page_token.as_str()), (vec![1], ""));
 }
 
-#[tokio::test]
-async fn a_stream_that_does_not_begin_with_hello_and_reports_of_nothing_are_refused() {
-    let gateway = TestGateway::start().await;
+async fn a_stream_that_does_not_begin_with_hello_and_reports_of_nothing_are_refused(on: Database) {
+    let gateway = on.gateway().await;
     let device = TestDevice::new(&gateway.channel(), "pump-1");
     let batch = connect_request::Message::Batch(pb::LinkBatch { sequence: 1, ..Default::default() });
     let request = tokio_stream::iter([pb::ConnectRequest { message: Some(batch) }]);

@@ -1,8 +1,8 @@
 //! Upload: what is acknowledged is stored exactly once, and what can't be stored is told.
 
 use crate::support::{
-    TestGateway,
     client::{SECOND, T0, TestDevice, column, devices, encode, frame, nth_batch, nth_temperatures, temperatures},
+    database::{Database, on_each_database},
 };
 use tidegate::{
     error::StatusFacts,
@@ -11,9 +11,21 @@ use tidegate::{
 };
 use tonic::Code;
 
-#[tokio::test]
-async fn what_is_acknowledged_is_stored_and_what_comes_again_is_not_stored_again() {
-    let gateway = TestGateway::start().await;
+on_each_database!(
+    what_is_acknowledged_is_stored_and_what_comes_again_is_not_stored_again,
+    a_hole_is_refused_with_the_sequence_that_is_expected_and_what_is_before_it_is_stored,
+    sequences_that_the_device_lost_close_the_hole_and_are_accounted_for,
+    a_device_that_says_it_lost_more_than_there_can_be_harms_nobody,
+    a_batch_that_can_never_be_stored_is_told_counted_and_does_not_block_those_behind_it,
+    nan_is_stored_where_the_sensor_allows_it,
+    every_violation_of_a_request_is_told_at_once,
+    one_stream_fed_from_many_connections_at_once_is_stored_once,
+    of_two_readings_of_one_time_the_later_stored_wins,
+    all_kinds_of_values_come_back_as_they_went_in,
+);
+
+async fn what_is_acknowledged_is_stored_and_what_comes_again_is_not_stored_again(on: Database) {
+    let gateway = on.gateway().await;
     let device = TestDevice::new(&gateway.channel(), "pump-1");
     assert_eq!(device.position().await, 0);
 
@@ -40,9 +52,8 @@ async fn what_is_acknowledged_is_stored_and_what_comes_again_is_not_stored_again
     assert!(gateway.stop().await);
 }
 
-#[tokio::test]
-async fn a_hole_is_refused_with_the_sequence_that_is_expected_and_what_is_before_it_is_stored() {
-    let gateway = TestGateway::start().await;
+async fn a_hole_is_refused_with_the_sequence_that_is_expected_and_what_is_before_it_is_stored(on: Database) {
+    let gateway = on.gateway().await;
     let device = TestDevice::new(&gateway.channel(), "pump-1");
     let status = device.upload_nth([1, 2, 5, 6]).await.expect_err("3 is missing");
     assert_eq!(status.code(), Code::FailedPrecondition);
@@ -56,9 +67,8 @@ async fn a_hole_is_refused_with_the_sequence_that_is_expected_and_what_is_before
     assert_eq!(device.stored_temperatures().await, nth_temperatures(1..=2));
 }
 
-#[tokio::test]
-async fn sequences_that_the_device_lost_close_the_hole_and_are_accounted_for() {
-    let gateway = TestGateway::start().await;
+async fn sequences_that_the_device_lost_close_the_hole_and_are_accounted_for(on: Database) {
+    let gateway = on.gateway().await;
     let device = TestDevice::new(&gateway.channel(), "pump-1");
     device.upload_nth([1]).await.expect("accepted");
     let after_loss = pb::UploadRequest { lost_batches: 3, lost_readings: 30, ..device.request(5, nth_batch(5)) };
@@ -70,9 +80,8 @@ async fn sequences_that_the_device_lost_close_the_hole_and_are_accounted_for() {
 }
 
 /// Sums of what devices say must not be what stops the writer for everybody.
-#[tokio::test]
-async fn a_device_that_says_it_lost_more_than_there_can_be_harms_nobody() {
-    let gateway = TestGateway::start().await;
+async fn a_device_that_says_it_lost_more_than_there_can_be_harms_nobody(on: Database) {
+    let gateway = on.gateway().await;
     let device = TestDevice::new(&gateway.channel(), "pump-1");
     let all = i64::MAX as u64;
     let lossy = |sequence| pb::UploadRequest { lost_batches: 1, lost_readings: all, ..device.request(sequence, nth_batch(sequence)) };
@@ -84,9 +93,8 @@ async fn a_device_that_says_it_lost_more_than_there_can_be_harms_nobody() {
     TestDevice::new(&gateway.channel(), "pump-2").upload_nth([1]).await.expect("accepted");
 }
 
-#[tokio::test]
-async fn a_batch_that_can_never_be_stored_is_told_counted_and_does_not_block_those_behind_it() {
-    let gateway = TestGateway::start_with(|config| config.devices.sensors_max = 2).await;
+async fn a_batch_that_can_never_be_stored_is_told_counted_and_does_not_block_those_behind_it(on: Database) {
+    let gateway = on.gateway_with(|config| config.devices.sensors_max = 2).await;
     let device = TestDevice::new(&gateway.channel(), "pump-1");
     let one = |columns| encode(vec![frame(T0, columns)]);
     let bad = [
@@ -120,9 +128,8 @@ async fn a_batch_that_can_never_be_stored_is_told_counted_and_does_not_block_tho
     assert_eq!(device.stored_temperatures().await, nth_temperatures([1, 9]));
 }
 
-#[tokio::test]
-async fn nan_is_stored_where_the_sensor_allows_it() {
-    let gateway = TestGateway::start().await;
+async fn nan_is_stored_where_the_sensor_allows_it(on: Database) {
+    let gateway = on.gateway().await;
     let device = TestDevice::new(&gateway.channel(), "pump-1");
     let of_kind = |kind| pb::Sensor { name: "t".into(), kind, allow_non_finite: true, ..Default::default() };
     let mut operator = devices(&gateway.channel());
@@ -142,9 +149,8 @@ async fn nan_is_stored_where_the_sensor_allows_it() {
     assert!(stored[1].1.is_nan() && stored[2] == (T0 + 2 * SECOND, f64::NEG_INFINITY));
 }
 
-#[tokio::test]
-async fn every_violation_of_a_request_is_told_at_once() {
-    let gateway = TestGateway::start().await;
+async fn every_violation_of_a_request_is_told_at_once(on: Database) {
+    let gateway = on.gateway().await;
     let device = TestDevice::new(&gateway.channel(), "pump-1");
     let bad = pb::UploadRequest { device: "no/good".into(), stream_id: vec![1].into(), sequence: 0, ..device.request(1, nth_batch(1)) };
     let status = device.upload_requests(vec![bad]).await.expect_err("bad");
@@ -158,9 +164,8 @@ async fn every_violation_of_a_request_is_told_at_once() {
     assert_eq!(device.upload_requests(vec![]).await.expect_err("nothing at all").code(), Code::InvalidArgument);
 }
 
-#[tokio::test]
-async fn one_stream_fed_from_many_connections_at_once_is_stored_once() {
-    let gateway = TestGateway::start().await;
+async fn one_stream_fed_from_many_connections_at_once_is_stored_once(on: Database) {
+    let gateway = on.gateway().await;
     let device = TestDevice::new(&gateway.channel(), "pump-1");
     let feeds: Vec<_> = (0..8)
         .map(|_| {
@@ -181,18 +186,16 @@ async fn one_stream_fed_from_many_connections_at_once_is_stored_once() {
     assert_eq!(device.ledger().await.stored, Some(pb::Tally { batches: 40, readings: 400 }));
 }
 
-#[tokio::test]
-async fn of_two_readings_of_one_time_the_later_stored_wins() {
-    let gateway = TestGateway::start().await;
+async fn of_two_readings_of_one_time_the_later_stored_wins(on: Database) {
+    let gateway = on.gateway().await;
     let device = TestDevice::new(&gateway.channel(), "pump-1");
     let twice = pb::Frame { time_deltas_us: vec![0, SECOND], ..frame(T0, vec![column("t", "Cel", Values::Double(vec![1.0, 2.0, 3.0]))]) };
     device.upload([(1, encode(vec![twice])), (2, temperatures(T0 + SECOND, &[4.0]))]).await.expect("accepted");
     assert_eq!(device.stored_temperatures().await, [(T0, 2.0), (T0 + SECOND, 4.0)]);
 }
 
-#[tokio::test]
-async fn all_kinds_of_values_come_back_as_they_went_in() {
-    let gateway = TestGateway::start().await;
+async fn all_kinds_of_values_come_back_as_they_went_in(on: Database) {
+    let gateway = on.gateway().await;
     let device = TestDevice::new(&gateway.channel(), "pump-1");
     let columns = [
         ("bool", Values::Bool(vec![true, false])),

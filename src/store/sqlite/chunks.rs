@@ -1,12 +1,15 @@
 //! The chunks: what the log was merged into.
 
-use super::{SqliteStore, SqliteTx, column, count_column, in_statements};
+use super::{
+    SqliteStore, SqliteTx, in_statements,
+    rows::{chunk, chunk_span, count_column},
+};
 use crate::{
-    history::chunk::{Chunk, Encoding},
+    history::chunk::Chunk,
     model::Position,
     store::{ChunkSpan, Count, Extent, NewChunk, StoreError},
 };
-use sqlx::{AssertSqlSafe, Row, sqlite::SqliteRow};
+use sqlx::AssertSqlSafe;
 
 /// How many pages one step gives back to the file system, so that ingest does not wait for long.
 const RELEASED_PAGES_PER_STEP: u64 = 256;
@@ -80,6 +83,11 @@ impl SqliteStore {
         Ok(Position(query.bind(name).fetch_one(self.readers()).await?))
     }
 
+    /// There is no other gateway.
+    pub async fn lead_upkeep(&self) -> Result<bool, StoreError> {
+        Ok(true)
+    }
+
     pub async fn chunks_around(&self, extents: &[Extent]) -> Result<Vec<ChunkSpan>, StoreError> {
         let wanted: Vec<[i64; 3]> = extents.iter().map(|extent| [extent.sensor_key, extent.first_time, extent.last_time]).collect();
         let wanted = serde_json::to_string(&wanted).expect("integers");
@@ -134,32 +142,4 @@ impl SqliteStore {
         let row = sqlx::query(sql).fetch_one(self.readers()).await?;
         Ok([count_column(&row, "pages")?, count_column(&row, "free")?, count_column(&row, "bytes")?])
     }
-}
-
-fn chunk_span(row: &SqliteRow) -> Result<ChunkSpan, StoreError> {
-    Ok(ChunkSpan {
-        key: column(row, "chunk_id")?,
-        sensor_key: column(row, "sensor_id")?,
-        first_time: column(row, "first_time")?,
-        last_time: column(row, "last_time")?,
-        readings: count_column(row, "readings")? as usize,
-        complete: column(row, "complete")?,
-    })
-}
-
-fn chunk(row: &SqliteRow) -> Result<Chunk, StoreError> {
-    let encoding: &str = row.try_get("encoding")?;
-    Ok(Chunk {
-        first_time: column(row, "first_time")?,
-        last_time: column(row, "last_time")?,
-        readings: count_column(row, "readings")? as usize,
-        time_base: column(row, "time_base")?,
-        time_step: column(row, "time_step")?,
-        time_unit: column(row, "time_unit")?,
-        time_factor: column(row, "time_factor")?,
-        encoding: Encoding::parse(encoding).ok_or_else(|| StoreError::Damaged(format!("{encoding} is no encoding of chunks")))?,
-        value_base: column(row, "value_base")?,
-        value_divisor: column(row, "value_divisor")?,
-        points: column(row, "points")?,
-    })
 }

@@ -1,11 +1,13 @@
 //! Desired configurations and how far they have come.
 
-use super::{SqliteStore, SqliteTx, as_integer, column, count_column, key_column, time_column};
+use super::{
+    SqliteStore, SqliteTx,
+    rows::{count_column, key_column, revision_row, state_row},
+};
 use crate::{
     model::{DeviceId, Timestamp},
-    store::{ConfigOutcome, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, DeviceKey, StoreError},
+    store::{ConfigOutcome, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, DeviceKey, StoreError, rows::as_integer},
 };
-use sqlx::sqlite::SqliteRow;
 
 impl SqliteTx<'_> {
     pub async fn latest_config(&mut self, device: DeviceKey) -> Result<Option<ConfigRevisionRow>, StoreError> {
@@ -149,34 +151,4 @@ impl SqliteStore {
         .await?;
         rows.iter().map(key_column).collect()
     }
-}
-
-fn revision_row(row: &SqliteRow) -> Result<ConfigRevisionRow, StoreError> {
-    Ok(ConfigRevisionRow {
-        revision: count_column(row, "revision")?,
-        config: column(row, "config")?,
-        request_id: column(row, "request_id")?,
-        comment: column(row, "comment")?,
-        create_time: time_column(row, "create_time")?,
-    })
-}
-
-fn state_row(row: &SqliteRow) -> Result<ConfigStateRow, StoreError> {
-    let delivered = count_column(row, "delivered_revision")?;
-    let outcome: i32 = column(row, "reported_outcome")?;
-    let reported = match ConfigOutcome::from_code(outcome) {
-        None => None,
-        Some(outcome) => Some(ConfigReportRow {
-            revision: count_column(row, "reported_revision")?,
-            outcome,
-            detail: column(row, "reported_detail")?,
-            time: time_column(row, "reported_time")?,
-        }),
-    };
-    Ok(ConfigStateRow {
-        desired_revision: count_column(row, "desired_revision")?,
-        delivered: if delivered == 0 { None } else { Some((delivered, time_column(row, "delivered_time")?)) },
-        reported,
-        applied_revision: count_column(row, "applied_revision")?,
-    })
 }

@@ -1,11 +1,14 @@
 //! The registry of devices and sensors.
 
-use super::{SqliteStore, SqliteTx, column, key_column, time_column};
+use super::{
+    SqliteStore, SqliteTx,
+    rows::{device_row, sensor_row},
+};
 use crate::{
-    model::{DeviceId, Labels, Timestamp, ValueKind},
+    model::{DeviceId, Labels, Timestamp},
     store::{DeviceKey, DeviceRow, SensorRow, StoreError},
 };
-use sqlx::{Row, sqlite::SqliteRow};
+use sqlx::Row;
 
 /// How many rows of a deleted device one transaction deletes, so that ingest does not wait for long.
 const DELETED_ROWS_PER_TRANSACTION: i64 = 500;
@@ -28,6 +31,12 @@ impl SqliteTx<'_> {
             .bind(now.micros())
             .fetch_optional(&mut self.connection)
             .await?;
+        row.as_ref().map(device_row).transpose()
+    }
+
+    pub async fn lock_device(&mut self, device: DeviceKey) -> Result<Option<DeviceRow>, StoreError> {
+        let query = sqlx::query("SELECT * FROM devices WHERE device_id = ?");
+        let row = query.bind(device.0).fetch_optional(&mut self.connection).await?;
         row.as_ref().map(device_row).transpose()
     }
 
@@ -70,10 +79,10 @@ impl SqliteTx<'_> {
         sensor_row(&row)
     }
 
-    pub async fn set_sensor_unit(&mut self, sensor: &SensorRow) -> Result<(), StoreError> {
-        let query = sqlx::query("UPDATE sensors SET unit = ? WHERE sensor_id = ? AND unit = ''");
-        query.bind(&sensor.unit).bind(sensor.key).execute(&mut self.connection).await?;
-        Ok(())
+    pub async fn set_sensor_unit(&mut self, sensor: &SensorRow) -> Result<SensorRow, StoreError> {
+        let statement = "UPDATE sensors SET unit = CASE unit WHEN '' THEN ? ELSE unit END WHERE sensor_id = ? RETURNING *";
+        let row = sqlx::query(statement).bind(&sensor.unit).bind(sensor.key).fetch_optional(&mut self.connection).await?;
+        row.as_ref().map_or_else(|| Ok(sensor.clone()), sensor_row)
     }
 
     pub async fn set_sensor_allowance(&mut self, sensor: &SensorRow) -> Result<(), StoreError> {
@@ -169,30 +178,4 @@ impl SqliteStore {
             }
         }
     }
-}
-
-fn device_row(row: &SqliteRow) -> Result<DeviceRow, StoreError> {
-    let id: &str = row.try_get("id")?;
-    let labels: &str = row.try_get("labels")?;
-    Ok(DeviceRow {
-        key: key_column(row)?,
-        id: DeviceId::parse(id).map_err(StoreError::Damaged)?,
-        labels: Labels::from_json(labels).map_err(|why| StoreError::Damaged(format!("the labels of device {id}: {why}")))?,
-        display_name: column(row, "display_name")?,
-        revision: column(row, "revision")?,
-        create_time: time_column(row, "create_time")?,
-        update_time: time_column(row, "update_time")?,
-    })
-}
-
-fn sensor_row(row: &SqliteRow) -> Result<SensorRow, StoreError> {
-    let kind: i32 = column(row, "kind")?;
-    Ok(SensorRow {
-        key: column(row, "sensor_id")?,
-        name: column(row, "name")?,
-        unit: column(row, "unit")?,
-        kind: ValueKind::from_code(kind).ok_or_else(|| StoreError::Damaged(format!("{kind} is not a value kind")))?,
-        allow_non_finite: column(row, "allow_non_finite")?,
-        create_time: time_column(row, "create_time")?,
-    })
 }

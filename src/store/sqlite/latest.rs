@@ -1,6 +1,9 @@
 //! The latest reading of each sensor, as of a position of the log.
 
-use super::{SqliteStore, column, key_column, time_column};
+use super::{
+    SqliteStore,
+    rows::{column, key_column, time_column},
+};
 use crate::{
     model::Position,
     store::{LatestRow, StoreError},
@@ -18,6 +21,7 @@ impl SqliteStore {
                 device: key_column(row)?,
                 time: time_column(row, "time")?,
                 batch: Bytes::from(column::<Vec<u8>>(row, "batch")?),
+                position: Position(position),
             })
         });
         Ok((Position(position), latest.collect::<Result<_, StoreError>>()?))

@@ -1,13 +1,18 @@
 //! The log: appending to it, reading it, and what is kept beside it in the same transaction.
 
-use super::{SqliteStore, SqliteTx, as_integer, column, count_column, in_statements, key_column, time_column};
+use super::{
+    SqliteStore, SqliteTx, in_statements,
+    rows::{add_count, column, count_column, key_column, log_page, log_size, time_column},
+};
 use crate::{
     model::{Position, StreamId, Timestamp, batch::reason_name},
-    store::{Count, DeviceKey, LedgerRow, LogRow, LogSize, NewLogRow, NewRejection, StoreError, StreamChange, StreamRow, Unmerged},
+    store::{
+        Count, DeviceKey, LedgerRow, LogRow, LogSize, NewLogRow, NewRejection, StoreError, StreamChange, StreamRow, Unmerged,
+        rows::as_integer,
+    },
 };
-use bytes::Bytes;
-use futures_util::{Stream, TryStreamExt};
-use sqlx::{AssertSqlSafe, Row, sqlite::SqliteRow};
+use futures_util::TryStreamExt;
+use sqlx::{AssertSqlSafe, Row};
 use std::collections::HashMap;
 
 /// How many streams a ledger shows.
@@ -30,6 +35,14 @@ impl SqliteTx<'_> {
             .fetch_one(&mut self.connection)
             .await?;
         Ok(StreamRow { key, last_sequence: 0 })
+    }
+
+    /// Nobody else writes: what was read is what is there.
+    pub async fn lock_streams(
+        &mut self,
+        _streams: &[(DeviceKey, StreamId)],
+    ) -> Result<Vec<((DeviceKey, StreamId), StreamRow)>, StoreError> {
+        Ok(Vec::new())
     }
 
     pub async fn append(&mut self, rows: &[NewLogRow]) -> Result<Position, StoreError> {
@@ -194,11 +207,7 @@ impl SqliteStore {
         let query =
             sqlx::query("SELECT position, receive_time, length(batch) AS bytes FROM log WHERE position > ? ORDER BY position LIMIT ?");
         let rows = query.bind(after.0).bind(rows_max as i64).fetch_all(self.readers()).await?;
-        let size = |row: &SqliteRow| {
-            let (position, receive_time) = (Position(column(row, "position")?), time_column(row, "receive_time")?);
-            Ok(LogSize { position, receive_time, bytes: count_column(row, "bytes")? as usize })
-        };
-        rows.iter().map(size).collect()
+        rows.iter().map(log_size).collect()
     }
 
     pub async fn stored_readings(&self, devices: &[DeviceKey]) -> Result<HashMap<DeviceKey, u64>, StoreError> {
@@ -222,9 +231,9 @@ impl SqliteStore {
                 let id = StreamId::parse(row.try_get("stream_id")?).map_err(StoreError::Damaged)?;
                 ledger.streams.push((id, count_column(&row, "last_sequence")?, time_column(&row, "receive_time")?));
             }
-            add(&mut ledger.stored, &row, "stored_batches", "stored_readings")?;
-            add(&mut ledger.duplicate, &row, "duplicate_batches", "duplicate_readings")?;
-            add(&mut ledger.lost, &row, "lost_batches", "lost_readings")?;
+            add_count(&mut ledger.stored, &row, "stored_batches", "stored_readings")?;
+            add_count(&mut ledger.duplicate, &row, "duplicate_batches", "duplicate_readings")?;
+            add_count(&mut ledger.lost, &row, "lost_batches", "lost_readings")?;
         }
         drop(streams);
         let rejected = sqlx::query("SELECT reason, batches, readings FROM rejected_counts WHERE device_id = ? ORDER BY reason")
@@ -233,43 +242,9 @@ impl SqliteStore {
             .await?;
         for row in &rejected {
             let mut count = Count::default();
-            add(&mut count, row, "batches", "readings")?;
+            add_count(&mut count, row, "batches", "readings")?;
             ledger.rejected.push((column(row, "reason")?, count));
         }
         Ok(ledger)
     }
-}
-
-/// Takes rows until they have `bytes_max`; whether that were all.
-async fn log_page(
-    mut found: impl Stream<Item = Result<SqliteRow, sqlx::Error>> + Unpin,
-    bytes_max: usize,
-) -> Result<(Vec<LogRow>, bool), StoreError> {
-    let (mut rows, mut bytes) = (Vec::new(), 0);
-    while let Some(row) = found.try_next().await? {
-        if bytes >= bytes_max {
-            return Ok((rows, false));
-        }
-        let row = log_row(&row)?;
-        bytes += row.batch.len();
-        rows.push(row);
-    }
-    Ok((rows, true))
-}
-
-fn log_row(row: &SqliteRow) -> Result<LogRow, StoreError> {
-    Ok(LogRow {
-        position: Position(column(row, "position")?),
-        device: key_column(row)?,
-        receive_time: time_column(row, "receive_time")?,
-        batches: count_column(row, "batches")?,
-        batch: Bytes::from(column::<Vec<u8>>(row, "batch")?),
-    })
-}
-
-fn add(count: &mut Count, row: &SqliteRow, batches: &str, readings: &str) -> Result<(), StoreError> {
-    // Devices say themselves how much they lost: the sum of it may be anything.
-    count.batches = count.batches.saturating_add(count_column(row, batches)?);
-    count.readings = count.readings.saturating_add(count_column(row, readings)?);
-    Ok(())
 }

@@ -6,13 +6,14 @@ mod config;
 mod devices;
 mod latest;
 mod log;
+mod rows;
 
-use super::{DeviceKey, StoreError};
-use crate::{config::Storage, model::Timestamp};
+use super::{Migrated, StoreError};
+use crate::config::Storage;
 use sqlx::{
-    AssertSqlSafe, Connection, Row, SqliteConnection, SqlitePool,
+    AssertSqlSafe, Connection, SqliteConnection, SqlitePool,
     query::Query,
-    sqlite::{SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous},
+    sqlite::{SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 use std::{fs::File, path::Path, sync::Arc, time::Duration};
 use tokio::sync::{Mutex, MutexGuard};
@@ -53,26 +54,11 @@ struct Writer {
 impl SqliteStore {
     /// Opens the database in `settings.data_dir`, makes it when there is none, and brings its tables to this version's form.
     pub async fn open(settings: &Storage) -> Result<Self, StoreError> {
-        let directory = &settings.data_dir;
-        let in_directory = |source| StoreError::Directory { path: directory.display().to_string(), source };
-        std::fs::create_dir_all(directory).map_err(in_directory)?;
-        let lock = lock_directory(directory).map_err(in_directory)?;
-        let lock = lock.ok_or_else(|| StoreError::InUse { path: directory.display().to_string() })?;
-
-        let synchronous = if settings.may_lose_commits_on_power_loss { SqliteSynchronous::Normal } else { SqliteSynchronous::Full };
-        let options = SqliteConnectOptions::new()
-            .filename(directory.join(DATABASE_FILE))
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(synchronous)
-            .busy_timeout(Duration::from_secs(5))
-            .foreign_keys(false)
-            .pragma("wal_autocheckpoint", WAL_PAGES_BEFORE_CHECKPOINT)
-            .pragma("cache_size", CACHE_KIB)
-            .statement_cache_capacity(128);
+        let lock = lock_directory(&settings.data_dir)?;
+        let options = connect_options(settings);
         let mut writer = SqliteConnection::connect_with(&options).await?;
         enable_incremental_vacuum(&mut writer).await?;
-        sqlx::migrate!("migrations/sqlite").run(&mut writer).await?;
+        migrate_on(&mut writer).await?.log();
         let readers = SqlitePoolOptions::new()
             .max_connections(settings.readers)
             .acquire_timeout(Duration::from_secs(30))
@@ -81,6 +67,15 @@ impl SqliteStore {
         Ok(Self {
             shared: Arc::new(Shared { options, writer: Mutex::new(Writer { connection: Some(writer), lock: Some(lock) }), readers }),
         })
+    }
+
+    pub async fn migrate(settings: &Storage) -> Result<Migrated, StoreError> {
+        let _lock = lock_directory(&settings.data_dir)?;
+        let mut connection = SqliteConnection::connect_with(&connect_options(settings)).await?;
+        enable_incremental_vacuum(&mut connection).await?;
+        let migrated = migrate_on(&mut connection).await?;
+        connection.close().await?;
+        Ok(migrated)
     }
 
     /// Begins a transaction; waits for the one before it to end.
@@ -136,12 +131,37 @@ async fn enable_incremental_vacuum(writer: &mut SqliteConnection) -> Result<(), 
     Ok(())
 }
 
-fn lock_directory(directory: &Path) -> Result<Option<File>, std::io::Error> {
-    let file = File::options().create(true).truncate(false).write(true).open(directory.join("tidegate.lock"))?;
+fn connect_options(settings: &Storage) -> SqliteConnectOptions {
+    let synchronous = if settings.may_lose_commits_on_power_loss { SqliteSynchronous::Normal } else { SqliteSynchronous::Full };
+    SqliteConnectOptions::new()
+        .filename(settings.data_dir.join(DATABASE_FILE))
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(synchronous)
+        .busy_timeout(Duration::from_secs(5))
+        .foreign_keys(false)
+        .pragma("wal_autocheckpoint", WAL_PAGES_BEFORE_CHECKPOINT)
+        .pragma("cache_size", CACHE_KIB)
+        .statement_cache_capacity(128)
+}
+
+async fn migrate_on(connection: &mut SqliteConnection) -> Result<Migrated, StoreError> {
+    super::migrate(&sqlx::migrate!("migrations/sqlite"), connection).await
+}
+
+/// Makes the data directory when it is not there, and keeps other gateways away from it.
+fn lock_directory(directory: &Path) -> Result<File, StoreError> {
+    let path = || directory.display().to_string();
+    let open = || {
+        std::fs::create_dir_all(directory)?;
+        File::options().create(true).truncate(false).write(true).open(directory.join("tidegate.lock"))
+    };
+    let in_directory = |source| StoreError::Directory { path: path(), source };
+    let file = open().map_err(in_directory)?;
     match file.try_lock() {
-        Ok(()) => Ok(Some(file)),
-        Err(std::fs::TryLockError::WouldBlock) => Ok(None),
-        Err(std::fs::TryLockError::Error(error)) => Err(error),
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(StoreError::InUse { path: path() }),
+        Err(std::fs::TryLockError::Error(error)) => Err(in_directory(error)),
     }
 }
 
@@ -203,28 +223,4 @@ fn in_statements<T>(mut rows: &[T]) -> impl Iterator<Item = &[T]> {
         rows = rest;
         Some(chunk)
     })
-}
-
-/// A column of a row; an error here means a damaged database, as the statements and tables are this program's.
-fn column<'r, T: sqlx::Decode<'r, sqlx::Sqlite> + sqlx::Type<sqlx::Sqlite>>(row: &'r SqliteRow, name: &str) -> Result<T, StoreError> {
-    Ok(row.try_get(name)?)
-}
-
-fn time_column(row: &SqliteRow, name: &str) -> Result<Timestamp, StoreError> {
-    let micros: i64 = column(row, name)?;
-    Timestamp::from_micros(micros).ok_or_else(|| StoreError::Damaged(format!("{name} holds {micros}, which is not a time")))
-}
-
-fn count_column(row: &SqliteRow, name: &str) -> Result<u64, StoreError> {
-    let count: i64 = column(row, name)?;
-    u64::try_from(count).map_err(|_| StoreError::Damaged(format!("{name} holds {count}, which is not a count")))
-}
-
-fn key_column(row: &SqliteRow) -> Result<DeviceKey, StoreError> {
-    Ok(DeviceKey(column(row, "device_id")?))
-}
-
-/// A count as SQLite keeps it. Sequences and counts are checked to be below 2^63 where they come in.
-fn as_integer(count: u64) -> i64 {
-    i64::try_from(count).unwrap_or(i64::MAX)
 }

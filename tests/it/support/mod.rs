@@ -1,9 +1,11 @@
 //! What the tests share: gateways in this process and of their own, and clients.
 
 pub mod client;
+pub mod database;
 #[cfg(target_os = "linux")]
 pub mod disk;
 pub mod load;
+pub mod postgres;
 pub mod process;
 pub mod random;
 pub mod script;

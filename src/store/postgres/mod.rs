@@ -1,0 +1,173 @@
+//! The store on PostgreSQL, which several gateways may share: one connection that writes, some that read, one that listens.
+//!
+//! What keeps the gateways apart is in the database alone. A position is taken from `log_head`, whose row a transaction locks
+//! last and holds until its commit: positions follow the order of commits. A stream is moved on from where it was read, or
+//! not at all. A device's row is locked before it, its configuration or its sensors' settings are changed.
+//! [`changes`] tells the other gateways.
+
+mod changes;
+mod chunks;
+mod config;
+mod devices;
+mod latest;
+mod log;
+mod rows;
+
+pub use changes::PostgresChanges;
+
+use super::{Change, Migrated, StoreError};
+use crate::config::Storage;
+use sqlx::{
+    Connection, PgConnection, PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use std::{borrow::Cow, sync::Arc, time::Duration};
+use tokio::sync::{Mutex, MutexGuard};
+use uuid::Uuid;
+
+/// What the server does with a connection whose gateway is gone in the middle of a transaction: nobody waits longer for its locks.
+const ABANDONED_TRANSACTION_TIMEOUT: &str = "10s";
+/// How long a statement waits for what another transaction has locked.
+const LOCK_TIMEOUT: &str = "20s";
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// See the module.
+#[derive(Clone)]
+pub struct PostgresStore {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    options: PgConnectOptions,
+    // Tells this gateway's notifications from those of the others.
+    gateway: Uuid,
+    writer: Mutex<Writer>,
+    readers: PgPool,
+}
+
+/// The one way of this gateway to write.
+struct Writer {
+    // None after a failure: the next transaction begins on a new connection.
+    connection: Option<PgConnection>,
+    // Whether this connection holds the lock of the gateway that merges.
+    leads: bool,
+    closed: bool,
+}
+
+impl PostgresStore {
+    pub async fn open(settings: &Storage) -> Result<Self, StoreError> {
+        Self::migrate(settings).await?.log();
+        let options = connect_options(settings)?;
+        let writer = PgConnection::connect_with(&options).await?;
+        let readers = PgPoolOptions::new()
+            .max_connections(settings.readers)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .connect_with(options.clone().options([("default_transaction_read_only", "on")]))
+            .await?;
+        let writer = Mutex::new(Writer { connection: Some(writer), leads: false, closed: false });
+        Ok(Self { shared: Arc::new(Shared { options, gateway: Uuid::new_v4(), writer, readers }) })
+    }
+
+    /// Under sqlx's advisory lock: of several gateways that start at once one migrates, and the others wait for it.
+    pub async fn migrate(settings: &Storage) -> Result<Migrated, StoreError> {
+        // A connection of its own: a migration may take longer than others wait for locks.
+        let mut connection = PgConnection::connect_with(&url_options(settings)?).await?;
+        let migrated = super::migrate(&sqlx::migrate!("migrations/postgres"), &mut connection).await?;
+        connection.close().await?;
+        Ok(migrated)
+    }
+
+    pub async fn begin(&self) -> Result<PostgresTx<'_>, StoreError> {
+        let mut writer = self.shared.writer.lock().await;
+        if writer.closed {
+            return Err(StoreError::Closed);
+        }
+        let mut connection = match writer.connection.take() {
+            Some(connection) => connection,
+            None => {
+                writer.leads = false;
+                PgConnection::connect_with(&self.shared.options).await?
+            }
+        };
+        sqlx::raw_sql("BEGIN").execute(&mut connection).await?;
+        Ok(PostgresTx { writer, connection, gateway: self.shared.gateway })
+    }
+
+    /// Takes the log's head as well: whoever holds it, such as a transaction of which a broken connection left the outcome
+    /// open, has come to its end when this has.
+    pub async fn probe_write(&self) -> Result<(), StoreError> {
+        let mut tx = self.begin().await?;
+        sqlx::query("UPDATE log_head SET position = position").execute(&mut tx.connection).await?;
+        sqlx::query("UPDATE progress SET position = position + 1 WHERE name = 'write_probe'").execute(&mut tx.connection).await?;
+        tx.commit_then(|_| ()).await
+    }
+
+    pub async fn close(&self) {
+        self.shared.readers.close().await;
+        let mut writer = self.shared.writer.lock().await;
+        writer.closed = true;
+        if let Some(connection) = writer.connection.take()
+            && let Err(error) = connection.close().await
+        {
+            tracing::warn!(%error, "store.close_failed");
+        }
+    }
+
+    fn readers(&self) -> &PgPool {
+        &self.shared.readers
+    }
+}
+
+fn connect_options(settings: &Storage) -> Result<PgConnectOptions, StoreError> {
+    let synchronous_commit = if settings.may_lose_commits_on_power_loss { "off" } else { "on" };
+    Ok(url_options(settings)?.options([
+        ("synchronous_commit", synchronous_commit),
+        ("idle_in_transaction_session_timeout", ABANDONED_TRANSACTION_TIMEOUT),
+        ("lock_timeout", LOCK_TIMEOUT),
+    ]))
+}
+
+fn url_options(settings: &Storage) -> Result<PgConnectOptions, StoreError> {
+    let options: PgConnectOptions = settings.url.expose().parse()?;
+    Ok(options.application_name("tidegate").options([("client_min_messages", "warning")]))
+}
+
+/// A transaction that writes.
+pub struct PostgresTx<'a> {
+    writer: MutexGuard<'a, Writer>,
+    // Only given back to the writer by a commit or an orderly rollback; after a failure it is closed.
+    connection: PgConnection,
+    gateway: Uuid,
+}
+
+impl PostgresTx<'_> {
+    /// See [`Store`](super::Store) and [`WriteTx`](super::WriteTx) for what the methods here and in the modules below do.
+    pub async fn commit_then(mut self, tell: impl FnOnce(bool)) -> Result<(), StoreError> {
+        let committed = sqlx::raw_sql("COMMIT").execute(&mut self.connection).await;
+        tell(committed.is_ok());
+        committed?;
+        self.writer.connection = Some(self.connection);
+        Ok(())
+    }
+
+    pub async fn rollback(mut self) -> Result<(), StoreError> {
+        sqlx::raw_sql("ROLLBACK").execute(&mut self.connection).await?;
+        self.writer.connection = Some(self.connection);
+        Ok(())
+    }
+
+    /// Tells the other gateways when this transaction commits.
+    async fn notify(&mut self, change: Change) -> Result<(), StoreError> {
+        sqlx::query("SELECT pg_notify($1, $2)")
+            .bind(changes::CHANNEL)
+            .bind(changes::payload(self.gateway, change))
+            .execute(&mut self.connection)
+            .await?;
+        Ok(())
+    }
+}
+
+/// Text as PostgreSQL takes it: it knows no NUL.
+fn text(text: &str) -> Cow<'_, str> {
+    if text.contains('\0') { text.replace('\0', "\u{fffd}").into() } else { text.into() }
+}

@@ -1,0 +1,167 @@
+//! From a database's rows to the store's types: the same code for both databases, whose row types have no common one.
+
+/// The functions that read rows of type `$row`.
+macro_rules! row_readers {
+    ($row:ty, $database:ty) => {
+        use crate::{
+            history::chunk::{Chunk, Encoding},
+            model::{DeviceId, Labels, Position, Timestamp, ValueKind},
+            store::{
+                ChunkSpan, ConfigOutcome, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, Count, DeviceKey, DeviceRow, LogRow, LogSize,
+                SensorRow, StoreError,
+            },
+        };
+        use bytes::Bytes;
+        use futures_util::{Stream, TryStreamExt};
+        use sqlx::Row;
+
+        /// A column of a row; an error here means a damaged database, as the statements and tables are this program's.
+        pub fn column<'r, T: sqlx::Decode<'r, $database> + sqlx::Type<$database>>(row: &'r $row, name: &str) -> Result<T, StoreError> {
+            Ok(row.try_get(name)?)
+        }
+
+        pub fn time_column(row: &$row, name: &str) -> Result<Timestamp, StoreError> {
+            let micros: i64 = column(row, name)?;
+            Timestamp::from_micros(micros).ok_or_else(|| StoreError::Damaged(format!("{name} holds {micros}, which is not a time")))
+        }
+
+        pub fn count_column(row: &$row, name: &str) -> Result<u64, StoreError> {
+            let count: i64 = column(row, name)?;
+            u64::try_from(count).map_err(|_| StoreError::Damaged(format!("{name} holds {count}, which is not a count")))
+        }
+
+        pub fn key_column(row: &$row) -> Result<DeviceKey, StoreError> {
+            Ok(DeviceKey(column(row, "device_id")?))
+        }
+
+        pub fn log_row(row: &$row) -> Result<LogRow, StoreError> {
+            Ok(LogRow {
+                position: Position(column(row, "position")?),
+                device: key_column(row)?,
+                receive_time: time_column(row, "receive_time")?,
+                batches: count_column(row, "batches")?,
+                batch: Bytes::from(column::<Vec<u8>>(row, "batch")?),
+            })
+        }
+
+        pub fn add_count(count: &mut Count, row: &$row, batches: &str, readings: &str) -> Result<(), StoreError> {
+            // Devices say themselves how much they lost: the sum of it may be anything.
+            count.batches = count.batches.saturating_add(count_column(row, batches)?);
+            count.readings = count.readings.saturating_add(count_column(row, readings)?);
+            Ok(())
+        }
+
+        pub fn device_row(row: &$row) -> Result<DeviceRow, StoreError> {
+            let id: &str = row.try_get("id")?;
+            let labels: &str = row.try_get("labels")?;
+            Ok(DeviceRow {
+                key: key_column(row)?,
+                id: DeviceId::parse(id).map_err(StoreError::Damaged)?,
+                labels: Labels::from_json(labels).map_err(|why| StoreError::Damaged(format!("the labels of device {id}: {why}")))?,
+                display_name: column(row, "display_name")?,
+                revision: column(row, "revision")?,
+                create_time: time_column(row, "create_time")?,
+                update_time: time_column(row, "update_time")?,
+            })
+        }
+
+        pub fn sensor_row(row: &$row) -> Result<SensorRow, StoreError> {
+            let kind: i32 = column(row, "kind")?;
+            Ok(SensorRow {
+                key: column(row, "sensor_id")?,
+                name: column(row, "name")?,
+                unit: column(row, "unit")?,
+                kind: ValueKind::from_code(kind).ok_or_else(|| StoreError::Damaged(format!("{kind} is not a value kind")))?,
+                allow_non_finite: column(row, "allow_non_finite")?,
+                create_time: time_column(row, "create_time")?,
+            })
+        }
+
+        pub fn revision_row(row: &$row) -> Result<ConfigRevisionRow, StoreError> {
+            Ok(ConfigRevisionRow {
+                revision: count_column(row, "revision")?,
+                config: column(row, "config")?,
+                request_id: column(row, "request_id")?,
+                comment: column(row, "comment")?,
+                create_time: time_column(row, "create_time")?,
+            })
+        }
+
+        pub fn state_row(row: &$row) -> Result<ConfigStateRow, StoreError> {
+            let delivered = count_column(row, "delivered_revision")?;
+            let outcome: i32 = column(row, "reported_outcome")?;
+            let reported = match ConfigOutcome::from_code(outcome) {
+                None => None,
+                Some(outcome) => Some(ConfigReportRow {
+                    revision: count_column(row, "reported_revision")?,
+                    outcome,
+                    detail: column(row, "reported_detail")?,
+                    time: time_column(row, "reported_time")?,
+                }),
+            };
+            Ok(ConfigStateRow {
+                desired_revision: count_column(row, "desired_revision")?,
+                delivered: if delivered == 0 { None } else { Some((delivered, time_column(row, "delivered_time")?)) },
+                reported,
+                applied_revision: count_column(row, "applied_revision")?,
+            })
+        }
+
+        /// Takes rows until they have `bytes_max`; whether that were all.
+        pub async fn log_page(
+            mut found: impl Stream<Item = Result<$row, sqlx::Error>> + Unpin,
+            bytes_max: usize,
+        ) -> Result<(Vec<LogRow>, bool), StoreError> {
+            let (mut rows, mut bytes) = (Vec::new(), 0);
+            while let Some(row) = found.try_next().await? {
+                if bytes >= bytes_max {
+                    return Ok((rows, false));
+                }
+                let row = log_row(&row)?;
+                bytes += row.batch.len();
+                rows.push(row);
+            }
+            Ok((rows, true))
+        }
+
+        pub fn log_size(row: &$row) -> Result<LogSize, StoreError> {
+            let (position, receive_time) = (Position(column(row, "position")?), time_column(row, "receive_time")?);
+            Ok(LogSize { position, receive_time, bytes: column::<i64>(row, "bytes")?.unsigned_abs() as usize })
+        }
+
+        pub fn chunk_span(row: &$row) -> Result<ChunkSpan, StoreError> {
+            Ok(ChunkSpan {
+                key: column(row, "chunk_id")?,
+                sensor_key: column(row, "sensor_id")?,
+                first_time: column(row, "first_time")?,
+                last_time: column(row, "last_time")?,
+                readings: count_column(row, "readings")? as usize,
+                complete: column(row, "complete")?,
+            })
+        }
+
+        pub fn chunk(row: &$row) -> Result<Chunk, StoreError> {
+            let encoding: &str = row.try_get("encoding")?;
+            Ok(Chunk {
+                first_time: column(row, "first_time")?,
+                last_time: column(row, "last_time")?,
+                readings: count_column(row, "readings")? as usize,
+                time_base: column(row, "time_base")?,
+                time_step: column(row, "time_step")?,
+                time_unit: column(row, "time_unit")?,
+                time_factor: column(row, "time_factor")?,
+                encoding: Encoding::parse(encoding).ok_or_else(|| StoreError::Damaged(format!("{encoding} is no encoding of chunks")))?,
+                value_base: column(row, "value_base")?,
+                value_divisor: column(row, "value_divisor")?,
+                points: column(row, "points")?,
+            })
+        }
+    };
+}
+
+pub(super) use row_readers;
+
+/// A count as the databases keep it. Sequences and counts are checked to be below 2^63 where they come in.
+pub(super) fn as_integer(count: u64) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}

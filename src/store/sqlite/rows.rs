@@ -1,0 +1,5 @@
+//! Rows of SQLite.
+
+use sqlx::sqlite::SqliteRow;
+
+super::super::rows::row_readers!(SqliteRow, sqlx::Sqlite);

@@ -1,0 +1,58 @@
+//! The databases that a gateway may run on, for tests of what must hold on each.
+
+use super::{TestGateway, postgres::PostgresServer};
+use tidegate::config::Config;
+
+/// What a test's gateways run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Database {
+    Sqlite,
+    Postgres,
+}
+
+impl Database {
+    /// A gateway with default settings, on an empty database.
+    pub async fn gateway(self) -> TestGateway {
+        self.gateway_with(|_| {}).await
+    }
+
+    /// A gateway with changed settings, on an empty database.
+    pub async fn gateway_with(self, change: impl FnOnce(&mut Config)) -> TestGateway {
+        let url = match self {
+            Self::Sqlite => String::new(),
+            Self::Postgres => PostgresServer::shared().database(),
+        };
+        TestGateway::start_with(|config| {
+            config.storage.url = tidegate::config::DatabaseUrl::new(url);
+            change(config);
+        })
+        .await
+    }
+}
+
+/// Makes a test on each database of every function that is named: functions that take the [`Database`].
+macro_rules! on_each_database {
+    ($($test:ident),+ $(,)?) => {
+        mod on_sqlite {
+            $(
+                #[tokio::test]
+                async fn $test() {
+                    super::$test($crate::support::database::Database::Sqlite).await;
+                }
+            )+
+        }
+
+        mod on_postgres {
+            $(
+                #[tokio::test]
+                async fn $test() {
+                    if $crate::support::postgres::is_there() {
+                        super::$test($crate::support::database::Database::Postgres).await;
+                    }
+                }
+            )+
+        }
+    };
+}
+
+pub(crate) use on_each_database;
