@@ -15,7 +15,7 @@ pub(super) async fn watched<T>(readiness: &Readiness, commit: impl Future<Output
         return done;
     }
     tracing::warn!("store.stalled: no batch is acknowledged until the commit that is under way is done");
-    readiness.set(COMPONENT, Err(format!("a commit has taken more than {} s: look at the database's disk", STALLED_AFTER.as_secs())));
+    readiness.set(COMPONENT, Err(format!("a commit has taken more than {} s: look at the database and its disk", STALLED_AFTER.as_secs())));
     let done = commit.await;
     tracing::info!("store.goes_on");
     readiness.set(COMPONENT, Ok(()));

@@ -3,7 +3,7 @@
 use super::{
     ChunkSpan, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, Count, DeviceKey, DeviceRow, Extent, LatestRow, LedgerRow, LogRow,
     LogSize, Migrated, NewChunk, NewLogRow, NewRejection, SensorRow, StoreError, StreamChange, StreamRow, Unmerged,
-    postgres::{PostgresChanges, PostgresStore, PostgresTx},
+    postgres::{PostgresChanges, PostgresStore, PostgresTx, answered},
     sqlite::{SqliteStore, SqliteTx},
 };
 use crate::{
@@ -48,7 +48,7 @@ macro_rules! hand_on {
         pub async fn $name(&mut self $(, $arg: $type)*) -> $result {
             match self {
                 Self::Sqlite(tx) => tx.$name($($arg),*).await,
-                Self::Postgres(tx) => tx.$name($($arg),*).await,
+                Self::Postgres(tx) => answered(tx.$name($($arg),*)).await,
             }
         }
         hand_on! { $($rest)* }

@@ -46,6 +46,12 @@ pub enum StoreError {
     /// The disk that the database is on fails.
     #[error("the database's disk fails: the system's log says more; once it takes writes, the gateway goes on by itself")]
     DiskFails(#[source] sqlx::Error),
+    /// The database server is there, or is not, but says nothing.
+    #[error("the database does not answer: nothing came from it for {seconds} s")]
+    NoAnswer {
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// The database's tables could not be brought to this version's form.
     #[error("the database could not be migrated")]
     Migrate(#[from] sqlx::migrate::MigrateError),

@@ -7,6 +7,7 @@ use crate::support::{
     channel, eventually, http_get,
     load::{Witness, log},
     metric,
+    postgres::{self, PostgresServer},
     process::GatewayProcess,
     random::seeded,
     script::{Script, fleet},
@@ -100,6 +101,29 @@ async fn nothing_is_lost_or_doubled_while_the_gateway_is_killed() {
     for _ in 0..kills() {
         victim.works(&mut random).await;
         victim = victim.dies(&mut random).await;
+    }
+    all_is_there_once(fleet, &victim, witness).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_lost_or_doubled_while_gateway_and_server_are_killed() {
+    if !postgres::is_there() {
+        return;
+    }
+    let mut random = seeded("kills of gateway and server");
+    let mut server = PostgresServer::private();
+    let mut victim = Victim::start(&[MERGES_OFTEN, &format!("--storage-url={}", server.database())]).await;
+    let witness = Witness::start(channel(victim.gateway.grpc));
+    let fleet = start_fleet(&victim);
+    for kill in 0..kills() {
+        victim.works(&mut random).await;
+        if kill % 2 == 0 {
+            victim = victim.dies(&mut random).await;
+        } else {
+            // It says so, and goes on by itself.
+            server.kill();
+            tokio::task::block_in_place(|| server.start_again());
+        }
     }
     all_is_there_once(fleet, &victim, witness).await;
 }

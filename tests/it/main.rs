@@ -22,6 +22,7 @@ mod lifecycle;
 mod link;
 mod null_sink;
 mod postgres;
+mod postgres_failure;
 mod python;
 mod readme;
 mod sizes;

@@ -27,8 +27,10 @@ use uuid::Uuid;
 
 /// What the server does with a connection whose gateway is gone in the middle of a transaction: nobody waits longer for its locks.
 const ABANDONED_TRANSACTION_TIMEOUT: &str = "10s";
-/// How long a statement waits for what another transaction has locked.
-const LOCK_TIMEOUT: &str = "20s";
+/// How long a statement waits for what another transaction has locked: longer than that of a gateway that is gone has it.
+const LOCK_TIMEOUT: &str = "12s";
+/// How long the server may take to answer; longer than it waits for locks.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// See the module.
@@ -86,10 +88,10 @@ impl PostgresStore {
             Some(connection) => connection,
             None => {
                 writer.leads = false;
-                PgConnection::connect_with(&self.shared.options).await?
+                answered(PgConnection::connect_with(&self.shared.options)).await?
             }
         };
-        sqlx::raw_sql("BEGIN").execute(&mut connection).await?;
+        answered(sqlx::raw_sql("BEGIN").execute(&mut connection)).await?;
         Ok(PostgresTx { writer, connection, gateway: self.shared.gateway })
     }
 
@@ -97,8 +99,9 @@ impl PostgresStore {
     /// open, has come to its end when this has.
     pub async fn probe_write(&self) -> Result<(), StoreError> {
         let mut tx = self.begin().await?;
-        sqlx::query("UPDATE log_head SET position = position").execute(&mut tx.connection).await?;
-        sqlx::query("UPDATE progress SET position = position + 1 WHERE name = 'write_probe'").execute(&mut tx.connection).await?;
+        answered(sqlx::query("UPDATE log_head SET position = position").execute(&mut tx.connection)).await?;
+        let update = sqlx::query("UPDATE progress SET position = position + 1 WHERE name = 'write_probe'");
+        answered(update.execute(&mut tx.connection)).await?;
         tx.commit_then(|_| ()).await
     }
 
@@ -143,7 +146,7 @@ pub struct PostgresTx<'a> {
 impl PostgresTx<'_> {
     /// See [`Store`](super::Store) and [`WriteTx`](super::WriteTx) for what the methods here and in the modules below do.
     pub async fn commit_then(mut self, tell: impl FnOnce(bool)) -> Result<(), StoreError> {
-        let committed = sqlx::raw_sql("COMMIT").execute(&mut self.connection).await;
+        let committed = answered(sqlx::raw_sql("COMMIT").execute(&mut self.connection)).await;
         tell(committed.is_ok());
         committed?;
         self.writer.connection = Some(self.connection);
@@ -151,7 +154,7 @@ impl PostgresTx<'_> {
     }
 
     pub async fn rollback(mut self) -> Result<(), StoreError> {
-        sqlx::raw_sql("ROLLBACK").execute(&mut self.connection).await?;
+        answered(sqlx::raw_sql("ROLLBACK").execute(&mut self.connection)).await?;
         self.writer.connection = Some(self.connection);
         Ok(())
     }
@@ -164,6 +167,18 @@ impl PostgresTx<'_> {
             .execute(&mut self.connection)
             .await?;
         Ok(())
+    }
+}
+
+/// Waits no longer than [`ANSWER_TIMEOUT`]: a server that hangs, and a network that forgot the connection, would hold up all who
+/// want to write for ever. What becomes of the transaction is then unknown, as it is when its connection breaks.
+pub(super) async fn answered<T, E>(answer: impl Future<Output = Result<T, E>>) -> Result<T, StoreError>
+where
+    StoreError: From<E>,
+{
+    match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {
+        Ok(answer) => Ok(answer?),
+        Err(_) => Err(StoreError::NoAnswer { seconds: ANSWER_TIMEOUT.as_secs() }),
     }
 }
 

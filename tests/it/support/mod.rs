@@ -7,6 +7,7 @@ pub mod disk;
 pub mod load;
 pub mod postgres;
 pub mod process;
+pub mod proxy;
 pub mod random;
 pub mod script;
 pub mod streams;
