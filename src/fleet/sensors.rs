@@ -31,7 +31,12 @@ impl Sensors {
 
     /// A sensor by its name.
     pub fn get(&self, name: &str) -> Option<&SensorRow> {
-        self.by_name.get(name).map(|&index| &self.rows[index])
+        self.index(name).map(|index| self.at(index))
+    }
+
+    /// A sensor's number among these.
+    pub fn index(&self, name: &str) -> Option<usize> {
+        self.by_name.get(name).copied()
     }
 
     /// A sensor by its number.
@@ -49,14 +54,24 @@ impl Sensors {
         self.rows.is_empty()
     }
 
+    /// The number of a column's sensor among these; it is looked for first at `next`, which is then moved on.
+    pub fn index_of(&self, column: &scan::Column<'_>, next: &mut usize) -> Option<usize> {
+        let is_next = self.rows.get(*next).is_some_and(|row| row.name.as_bytes() == column.sensor);
+        let index = if is_next { *next } else { *self.by_name.get(std::str::from_utf8(column.sensor).ok()?)? };
+        *next = index + 1;
+        Some(index)
+    }
+
+    /// The sensor with a number among these.
+    pub fn at(&self, index: usize) -> &SensorRow {
+        &self.rows[index]
+    }
+
     /// Finds the sensors of columns, for [`crate::model::CheckedBatch::check`].
     pub fn finder(&self) -> impl FnMut(&scan::Column<'_>) -> Option<KnownSensor> {
         let mut next = 0;
         move |column| {
-            let is_next = self.rows.get(next).is_some_and(|row| row.name.as_bytes() == column.sensor);
-            let index = if is_next { next } else { *self.by_name.get(std::str::from_utf8(column.sensor).ok()?)? };
-            next = index + 1;
-            let row = &self.rows[index];
+            let row = self.at(self.index_of(column, &mut next)?);
             agrees(row, column.unit, column.values.kind).then_some(KnownSensor { key: row.key, allow_non_finite: row.allow_non_finite })
         }
     }

@@ -2,10 +2,11 @@
 
 use super::series::Series;
 use crate::{
-    fleet::Device,
+    fleet::{Device, Sensors},
     model::{
         ValueKind,
         batch::{DecodedColumn, decode_stored},
+        scan::{self, Unusual},
     },
     store::{DeviceKey, LogRow, StoreError},
 };
@@ -18,13 +19,17 @@ pub struct Gather {
     sensors: Vec<Gathered>,
     /// Columns of sensors that the registry did not know: another gateway may have registered them, or they are gone.
     unknown: Vec<(DeviceKey, DecodedColumn)>,
+    // Of the frame at hand; kept for its memory.
+    times: Vec<i64>,
     bytes: usize,
 }
 
 struct GatheredDevice {
     // None: it was deleted.
     device: Option<Arc<Device>>,
-    sensors: HashMap<String, usize>,
+    sensors: Arc<Sensors>,
+    /// Where the readings of each of `sensors` are gathered.
+    places: Vec<Option<usize>>,
 }
 
 /// New readings of a sensor.
@@ -37,8 +42,38 @@ pub struct Gathered {
     pub readings: Series,
 }
 
+impl GatheredDevice {
+    fn new(device: Option<Arc<Device>>) -> Self {
+        let sensors = device.as_ref().map_or_else(Arc::default, |device| device.sensors());
+        let places = vec![None; sensors.len()];
+        Self { device, sensors, places }
+    }
+
+    /// Looks anew which sensors the device has. Those that it had are still there, maybe with other numbers.
+    fn renew(&mut self) {
+        let Some(device) = &self.device else { return };
+        let sensors = device.sensors();
+        let mut places = vec![None; sensors.len()];
+        for (index, place) in self.places.iter().enumerate() {
+            if let Some(now) = sensors.index(&self.sensors.at(index).name) {
+                places[now] = *place;
+            }
+        }
+        (self.sensors, self.places) = (sensors, places);
+    }
+
+    /// Where the readings of the sensor with this number among the device's are gathered.
+    fn place(&mut self, index: usize, gathered: &mut Vec<Gathered>) -> usize {
+        *self.places[index].get_or_insert_with(|| {
+            let sensor = self.sensors.at(index);
+            gathered.push(Gathered { sensor_key: sensor.key, kind: sensor.kind, readings: Series::new(sensor.kind) });
+            gathered.len() - 1
+        })
+    }
+}
+
 impl Gather {
-    /// How much memory the readings take.
+    /// How much memory the readings take, about.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -50,18 +85,44 @@ impl Gather {
 
     /// Makes a device known; `None` when it was deleted.
     pub fn introduce(&mut self, key: DeviceKey, device: Option<Arc<Device>>) {
-        self.devices.insert(key, GatheredDevice { device, sensors: HashMap::new() });
+        self.devices.insert(key, GatheredDevice::new(device));
     }
 
     /// Takes the readings of rows of known devices.
     pub fn add(&mut self, rows: Vec<LogRow>) -> Result<(), StoreError> {
         for LogRow { position, device, batch, .. } in rows {
+            // What was taken before the reader gave up comes twice then; of one time the last is kept, which is the same.
+            if self.add_in_place(device, &batch).is_ok() {
+                continue;
+            }
             let columns = decode_stored(batch, |_| true)
                 .map_err(|why| StoreError::Damaged(format!("the batch at position {}: {why}", position.0)))?;
             for column in columns {
                 if let Some(column) = self.take(device, column)? {
                     self.unknown.push((device, column));
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the readings of a batch from its bytes, if it is written as usual and all its sensors are known.
+    fn add_in_place(&mut self, key: DeviceKey, batch: &[u8]) -> Result<(), Unusual> {
+        let Some(device) = self.devices.get_mut(&key).filter(|device| device.device.is_some()) else { return Ok(()) };
+        let mut next = 0;
+        for frame in scan::frames(batch) {
+            let frame = frame?;
+            self.times.clear();
+            for time in frame.times() {
+                self.times.push(time?);
+            }
+            for column in frame.columns() {
+                let column = column?;
+                let index = device.sensors.index_of(&column, &mut next).ok_or(Unusual)?;
+                let place = device.place(index, &mut self.sensors);
+                self.sensors[place].readings.append_encoded(&self.times, &column.values)?;
+                // Texts are counted by what they take in the batch.
+                self.bytes += size_of_val(self.times.as_slice()) + column.values.memory_bytes(self.times.len());
             }
         }
         Ok(())
@@ -76,27 +137,24 @@ impl Gather {
 
     /// Takes the readings of sensors that have become known, and leaves out the others: they are gone with their device.
     pub fn add_unknown(&mut self) -> Result<(), StoreError> {
-        for (device, column) in std::mem::take(&mut self.unknown) {
-            self.take(device, column)?;
+        for (key, column) in std::mem::take(&mut self.unknown) {
+            if let Some(known) = self.devices.get_mut(&key) {
+                known.renew();
+            }
+            self.take(key, column)?;
         }
         Ok(())
     }
 
     /// Takes a column, or gives it back when its sensor is not known.
     fn take(&mut self, key: DeviceKey, column: DecodedColumn) -> Result<Option<DecodedColumn>, StoreError> {
-        let Some(GatheredDevice { device: Some(device), sensors }) = self.devices.get_mut(&key) else { return Ok(None) };
-        let index = match sensors.get(&column.sensor) {
-            Some(index) => *index,
-            None => {
-                let Some(sensor) = device.sensor(&column.sensor) else { return Ok(Some(column)) };
-                self.sensors.push(Gathered { sensor_key: sensor.key, kind: sensor.kind, readings: Series::new(sensor.kind) });
-                sensors.insert(sensor.name, self.sensors.len() - 1);
-                self.sensors.len() - 1
-            }
-        };
+        let Some(known) = self.devices.get_mut(&key) else { return Ok(None) };
+        let Some(device) = known.device.clone() else { return Ok(None) };
+        let Some(index) = known.sensors.index(&column.sensor) else { return Ok(Some(column)) };
+        let place = known.place(index, &mut self.sensors);
         let readings = Series { times: column.times, values: column.values };
         self.bytes += readings.memory_bytes();
-        if self.sensors[index].readings.append(readings) {
+        if self.sensors[place].readings.append(readings) {
             return Ok(None);
         }
         Err(StoreError::Damaged(format!("two kinds of values in sensor {:?} of device {}", column.sensor, device.id)))

@@ -1,7 +1,11 @@
 //! Readings of one sensor in memory.
 
 use super::chunk::Columns;
-use crate::model::{ValueKind, columns::Values};
+use crate::model::{
+    ValueKind,
+    columns::Values,
+    scan::{RawValues, Unusual},
+};
 use std::ops::Range;
 
 /// Readings of one sensor: times, and a value for each.
@@ -50,6 +54,20 @@ impl Series {
         self.values.append(other.values)
     }
 
+    /// Takes a column of a stored batch behind its own readings; what has been taken when an error ends it stays.
+    pub fn append_encoded(&mut self, times: &[i64], values: &RawValues<'_>) -> Result<(), Unusual> {
+        let before = self.len();
+        match &mut self.values {
+            Values::Double(own) => own.extend(values.doubles()?),
+            Values::Int64(own) if values.kind == ValueKind::Int64 => append(own, values.integers(), |value| value)?,
+            Values::Bool(own) if values.kind == ValueKind::Bool => append(own, values.integers(), |value| value != 0)?,
+            Values::Text(own) => append(own, values.texts(), str::to_owned)?,
+            Values::Int64(_) | Values::Bool(_) => return Err(Unusual),
+        }
+        self.times.extend_from_slice(times);
+        if self.values.len() == before + times.len() { Ok(()) } else { Err(Unusual) }
+    }
+
     /// A copy of some of them.
     pub fn slice(&self, rows: Range<usize>) -> Self {
         Self { times: self.times[rows.clone()].to_vec(), values: self.values.slice(rows) }
@@ -77,6 +95,13 @@ impl Series {
         }
         Self { times: kept.iter().map(|&row| self.times[row]).collect(), values: self.values.select(&kept) }
     }
+}
+
+fn append<T, U>(own: &mut Vec<U>, values: impl Iterator<Item = Result<T, Unusual>>, convert: impl Fn(T) -> U) -> Result<(), Unusual> {
+    for value in values {
+        own.push(convert(value?));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -214,6 +214,15 @@ impl<'a> Column<'a> {
 }
 
 impl<'a> RawValues<'a> {
+    /// How much memory `rows` of these values take, about, when they are decoded.
+    pub fn memory_bytes(&self, rows: usize) -> usize {
+        match self.kind {
+            ValueKind::Double | ValueKind::Int64 => rows * 8,
+            ValueKind::Bool => rows,
+            ValueKind::Text => rows * size_of::<String>() + self.bytes.len(),
+        }
+    }
+
     /// The values of a column of doubles, which it must be.
     pub fn doubles(&self) -> Result<impl ExactSizeIterator<Item = f64> + Clone + use<'a>, Unusual> {
         let (values, rest) = self.bytes.as_chunks::<8>();
