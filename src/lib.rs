@@ -22,6 +22,11 @@
 //!
 //! [`app`] is the one module that knows all others: it builds, runs and drains the gateway. [`client`] is the device's side,
 //! [`cli`] the operator's.
+
+/// For all binaries, so that what is measured beside one another differs in nothing else.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 pub mod api;
 pub mod app;
 pub mod cli;

@@ -25,6 +25,7 @@ use listener::{Listener, Stop};
 use peers::Peers;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
+    runtime::Handle,
     sync::Notify,
     task::{JoinError, JoinHandle, JoinSet},
     time::{Instant, timeout_at},
@@ -203,7 +204,9 @@ impl Gateway {
             }
         });
 
-        let mut writing = tokio::spawn(writer.run());
+        // On a thread of its own: among the tasks of all calls it would wait for its turn at each step of a transaction.
+        let runtime = Handle::current();
+        let mut writing = tokio::task::spawn_blocking(move || runtime.block_on(writer.run()));
         let service = stack(&config.grpc, &metrics, &calls, &stop.drain, routes);
         let mut serving = tokio::spawn(listener.serve(service, stop.clone()));
         readiness.set(COMPONENT, Ok(()));

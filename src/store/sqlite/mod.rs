@@ -22,12 +22,14 @@ use tokio::sync::{Mutex, MutexGuard};
 const DATABASE_FILE: &str = "tidegate.db";
 /// How much the WAL grows before its pages are moved to the database. Small values make commits wait for moves.
 const WAL_PAGES_BEFORE_CHECKPOINT: &str = "10000";
-/// The page cache of a connection, in KiB (negative in SQLite's own convention).
-const CACHE_KIB: &str = "-65536";
+/// The page cache of the connection that writes, and of each that reads, in KiB (negative in SQLite's own convention).
+const WRITER_CACHE_KIB: &str = "-32768";
+/// How many rows a reading connection goes ahead of who reads them, so that the two do not wake one another for each.
+const ROWS_AHEAD: usize = 1_024;
 /// The same of a connection that reads: what it reads it seldom reads again, and the operating system caches it as well.
 const READER_CACHE_KIB: &str = "-4096";
 /// How many rows one statement inserts: few sizes, so that each is prepared once.
-const ROWS_PER_STATEMENT: [usize; 4] = [512, 64, 8, 1];
+const ROWS_PER_STATEMENT: [usize; 5] = [512, 128, 32, 8, 1];
 
 type SqliteQuery<'q> = Query<'q, sqlx::Sqlite, SqliteArguments>;
 
@@ -141,7 +143,8 @@ fn connect_options(settings: &Storage) -> SqliteConnectOptions {
         .busy_timeout(Duration::from_secs(5))
         .foreign_keys(false)
         .pragma("wal_autocheckpoint", WAL_PAGES_BEFORE_CHECKPOINT)
-        .pragma("cache_size", CACHE_KIB)
+        .pragma("cache_size", WRITER_CACHE_KIB)
+        .row_buffer_size(ROWS_AHEAD)
         .statement_cache_capacity(128)
 }
 
