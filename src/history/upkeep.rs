@@ -27,7 +27,7 @@ const CHUNKS_PER_TRANSACTION: usize = 64;
 /// How much free space the database keeps for what is written next: an eighth of what is used, and at least this.
 const FREE_BYTES_KEPT: u64 = 16 << 20;
 
-/// See the [module](self).
+/// Who does the work in the background.
 pub struct Upkeep {
     store: Store,
     latest: Arc<Latest>,

@@ -31,7 +31,7 @@ pub struct Envelope {
     pub lost_readings: u64,
 }
 
-/// See the [module](self).
+/// Batches of one stream that were admitted and checked, on their way to the writer together.
 pub struct Run {
     /// Whose batches these are.
     pub device: Arc<Device>,
@@ -137,7 +137,7 @@ impl Run {
         self.batches.len()
     }
 
-    /// Whether its first batch [leaves a gap](RunBatch::leaves_gap).
+    /// Whether its first batch leaves a gap.
     pub fn leaves_gap(&self, last_sequence: u64) -> bool {
         self.batches.first().is_some_and(|batch| batch.leaves_gap(last_sequence))
     }
