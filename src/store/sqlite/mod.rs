@@ -21,7 +21,10 @@ use tokio::sync::{Mutex, MutexGuard};
 /// The name of the database file in the data directory.
 const DATABASE_FILE: &str = "tidegate.db";
 /// How much the WAL grows before its pages are moved to the database. Small values make commits wait for moves.
-const WAL_PAGES_BEFORE_CHECKPOINT: &str = "10000";
+const WAL_PAGES_BEFORE_CHECKPOINT: &str = "2500";
+/// The page size of new databases, in bytes: each page is written to the WAL by calls of its own, and entries of the log and
+/// chunks are large.
+const PAGE_BYTES: u32 = 16 << 10;
 /// The page cache of the connection that writes, and of each that reads, in KiB (negative in SQLite's own convention).
 const WRITER_CACHE_KIB: &str = "-32768";
 /// How many rows a reading connection goes ahead of who reads them, so that the two do not wake one another for each.
@@ -138,6 +141,7 @@ fn connect_options(settings: &Storage) -> SqliteConnectOptions {
     SqliteConnectOptions::new()
         .filename(settings.data_dir.join(DATABASE_FILE))
         .create_if_missing(true)
+        .page_size(PAGE_BYTES)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(synchronous)
         .busy_timeout(Duration::from_secs(5))
