@@ -7,7 +7,8 @@
 //!
 //! 1. [`app::listener`] takes the connection, [`middleware::stack()`] is what each call goes through;
 //! 2. [`api`] turns messages into [`model`] values: [`api::TelemetryApi`] for `Upload`, [`api::DeviceLinkApi`] for `Connect`;
-//! 3. [`ingest::Ingest::submit`] checks the batch ([`model::CheckedBatch`]) and admits it by its bytes;
+//! 3. [`ingest::Ingest::begin`] admits the batch by its bytes and checks it ([`model::CheckedBatch`]); with what else has come in
+//!    of its stream it is an [`ingest::Run`], which [`ingest::Ingest::submit`] hands on;
 //! 4. [`ingest::writer`] drains all that waits into one transaction: duplicates are found, the device's sensors agree
 //!    ([`fleet::Device::judge`]), the bytes are appended to the log of the [`store`];
 //! 5. after the commit the device has its acknowledgement, [`live::Tail`] and [`live::Latest`] the batch, and each

@@ -29,6 +29,10 @@ pub struct BackupArgs {
 pub async fn run(args: BackupArgs, out: &mut dyn Write) -> Result<(), Failure> {
     let BackupArgs { to, quiet, gateway } = args;
     let config = gateway.load()?;
+    if !config.storage.url.is_empty() {
+        let why = "storage.url names a PostgreSQL database: pg_dump copies it while gateways run\n  Without storage.url the embedded database is copied.";
+        return Err(Failure::Failed(why.to_owned()));
+    }
     let database = backup::database_file(&config.storage.data_dir);
     if !database.exists() {
         return Err(Failure::Failed(format!("there is no database at {}\n  --storage-data-dir says where it is.", database.display())));

@@ -178,8 +178,8 @@ impl Default for Config {
                 readers: 4,
             },
             ingest: Ingest {
-                pending_bytes_max: 64 * MIB,
-                commit_batches_max: 1_000,
+                pending_bytes_max: 32 * MIB,
+                commit_batches_max: 4_000,
                 batch_bytes_max: MIB,
                 batch_readings_max: 100_000,
                 unacknowledged_batches_max: 256,

@@ -188,7 +188,11 @@ pub static SETTINGS: &[Setting] = &[
         Allowed::Bytes(64 * KIB..=64 * GIB),
         "How many bytes of batches may wait for their commit; at the limit the gateway stops reading uploads (HTTP/2 flow control).",
     ),
-    setting("ingest.commit_batches_max", Allowed::Count(1..=10_000), "How many batches one transaction commits at the most."),
+    setting(
+        "ingest.commit_batches_max",
+        Allowed::Count(1..=10_000),
+        "After how many batches a transaction takes no more; what one stream has sent by then, at most 256 batches, is not divided.",
+    ),
     setting(
         "ingest.batch_bytes_max",
         Allowed::Bytes(KIB..=256 * MIB),

@@ -254,14 +254,16 @@ impl Registry {
             device.poke_config();
             return Ok(true);
         };
+        // With the transaction in hand: what this gateway changes meanwhile would be undone by what was read before.
+        let tx = self.shared.store.begin().await?;
         let sensors = self.shared.store.sensors(key).await?;
+        device.learn(sensors);
+        tx.rollback().await?;
         // Of two reads that overtake one another the older changes nothing.
         let mut known = device.row.write();
         if known.revision < row.revision {
             *known = row;
         }
-        drop(known);
-        device.learn(sensors);
         Ok(false)
     }
 
@@ -288,6 +290,10 @@ impl Registry {
                 tx.rollback().await?;
                 return Err(Error::DeviceExists(id).into());
             };
+            // What other gateways register and delete is not kept along.
+            if shared.store.is_shared() {
+                registered.store(shared.store.devices_len().await?, Ordering::Release);
+            }
             if registered.load(Ordering::Acquire) >= shared.devices_max {
                 tx.rollback().await?;
                 return Err(Error::Overloaded { setting: "devices.devices_max", limit: shared.devices_max }.into());
@@ -432,7 +438,7 @@ impl Registry {
             return;
         }
         if let Some(registered) = self.shared.registered.get() {
-            registered.fetch_sub(1, Ordering::AcqRel);
+            let _ = registered.fetch_update(Ordering::AcqRel, Ordering::Acquire, |count| count.checked_sub(1));
         }
         self.forget(device);
     }

@@ -28,7 +28,7 @@ use std::{
 const ROWS_PER_READ: usize = if cfg!(test) { 3 } else { 4_096 };
 const BYTES_PER_READ: usize = 2 << 20;
 /// How many bytes of readings a pass holds, about; buffers that grow take up to twice as much.
-const PASS_BYTES_MAX: usize = if cfg!(test) { 8 << 10 } else { 24 << 20 };
+const PASS_BYTES_MAX: usize = if cfg!(test) { 8 << 10 } else { 16 << 20 };
 /// The sensors that are written at once: with the chunks that they fold into one another, they are in memory together.
 const SENSORS_PER_STEP: usize = if cfg!(test) { 2 } else { 128 };
 /// What one transaction writes at the most, about, so that ingest does not wait for long.

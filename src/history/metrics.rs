@@ -8,9 +8,9 @@ pub(super) struct HistoryMetrics {
     pub merged_readings: Counter,
     pub merge_seconds: Histogram,
     pub merge_failures: Counter,
-    pub unmerged_batches: Gauge,
+    pub unmerged_entries: Gauge,
     pub chunks_written: Counter,
-    pub pruned_batches: Counter,
+    pub pruned_entries: Counter,
     pub expired_readings: Counter,
 }
 
@@ -21,9 +21,9 @@ impl HistoryMetrics {
             merged_readings: counter(names::MERGED_READINGS),
             merge_seconds: metrics.histogram(names::MERGE_DURATION, &[]),
             merge_failures: counter(names::MERGE_FAILURES),
-            unmerged_batches: metrics.gauge(names::UNMERGED_BATCHES, &[]),
+            unmerged_entries: metrics.gauge(names::UNMERGED_ENTRIES, &[]),
             chunks_written: counter(names::CHUNKS_WRITTEN),
-            pruned_batches: counter(names::PRUNED_BATCHES),
+            pruned_entries: counter(names::PRUNED_ENTRIES),
             expired_readings: counter(names::EXPIRED_READINGS),
         }
     }

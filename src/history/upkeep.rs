@@ -110,7 +110,7 @@ impl Upkeep {
 
     async fn show_backlog(&self) -> Result<(), StoreError> {
         let (last, merged) = (self.store.last_position().await?, self.store.merged_position().await?);
-        self.merger.metrics.unmerged_batches.set((last.0 - merged.0) as f64);
+        self.merger.metrics.unmerged_entries.set((last.0 - merged.0) as f64);
         Ok(())
     }
 
@@ -131,7 +131,7 @@ impl Upkeep {
             let mut tx = self.store.begin().await?;
             let pruned = tx.prune_log(through).await?;
             tx.commit().await?;
-            self.merger.metrics.pruned_batches.increment(pruned);
+            self.merger.metrics.pruned_entries.increment(pruned);
             self.replay.forget_first();
         }
         Ok(())

@@ -7,12 +7,12 @@ use crate::{
     model::{BatchReject, CheckedBatch, StreamId, Timestamp, batch::BatchSensors},
     store::SensorRow,
 };
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use std::{collections::HashMap, ops::Range, sync::Arc};
 use tokio::sync::OwnedSemaphorePermit;
 
 /// What a waiting batch costs besides its bytes.
-const BATCH_OVERHEAD_BYTES: usize = 512;
+const BATCH_OVERHEAD_BYTES: usize = 1024;
 /// How many batches go on together at the most: with a device that has a backlog, others need not wait long for their turn.
 const BATCHES_MAX: usize = 256;
 /// As many bytes, after which no further batch is added.
@@ -41,7 +41,7 @@ pub struct Run {
     pub receive_time: Timestamp,
     pub(super) batches: Vec<RunBatch>,
     // Copied out of the connection's buffer, of which even a small batch would hold all for as long as it is in the live tail.
-    bytes: BytesMut,
+    bytes: Vec<u8>,
     // What the device had when the run began: a sensor that it has is never taken away.
     sensors: Arc<Sensors>,
     admitted: Option<OwnedSemaphorePermit>,
@@ -90,7 +90,7 @@ impl Ingest {
             stream_id,
             receive_time: Timestamp::now(),
             batches: Vec::new(),
-            bytes: BytesMut::with_capacity(first.batch.len()),
+            bytes: Vec::with_capacity(first.batch.len()),
             sensors: device.sensors(),
             admitted: None,
         };
@@ -169,6 +169,8 @@ impl Run {
 
     /// The bytes of its batches, one behind the other.
     pub(super) fn take_bytes(&mut self) -> Bytes {
-        std::mem::take(&mut self.bytes).freeze()
+        let mut bytes = std::mem::take(&mut self.bytes);
+        bytes.shrink_to_fit();
+        bytes.into()
     }
 }

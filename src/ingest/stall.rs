@@ -9,7 +9,7 @@ const STALLED_AFTER: Duration = Duration::from_secs(5);
 
 /// Waits for a commit; when it takes too long, says not ready until it is done. It can't be given up: nobody would know what
 /// became of it.
-pub(super) async fn watched<T>(readiness: &Readiness, commit: impl Future<Output = T>) -> T {
+pub(super) async fn watched<T, E>(readiness: &Readiness, commit: impl Future<Output = Result<T, E>>) -> Result<T, E> {
     let mut commit = pin!(commit);
     if let Ok(done) = tokio::time::timeout(STALLED_AFTER, &mut commit).await {
         return done;
@@ -17,7 +17,10 @@ pub(super) async fn watched<T>(readiness: &Readiness, commit: impl Future<Output
     tracing::warn!("store.stalled: no batch is acknowledged until the commit that is under way is done");
     readiness.set(COMPONENT, Err(format!("a commit has taken more than {} s: look at the database and its disk", STALLED_AFTER.as_secs())));
     let done = commit.await;
-    tracing::info!("store.goes_on");
-    readiness.set(COMPONENT, Ok(()));
+    // What has failed is for the recovery to tell.
+    if done.is_ok() {
+        tracing::info!("store.goes_on");
+        readiness.set(COMPONENT, Ok(()));
+    }
     done
 }

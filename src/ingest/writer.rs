@@ -443,6 +443,9 @@ impl Entry {
     }
 
     fn row(&self, Submitted { run, bytes, .. }: &Submitted) -> NewLogRow {
+        let batch = bytes.slice(self.bytes.clone());
+        // As long as it is in the live tail a small part would hold all of the run, of which most was not stored.
+        let batch = if batch.len() < bytes.len() / 2 { Bytes::copy_from_slice(&batch) } else { batch };
         NewLogRow {
             device: run.device.key,
             stream_key: self.stream_key,
@@ -450,7 +453,7 @@ impl Entry {
             last_sequence: self.last_sequence,
             receive_time: run.receive_time,
             summary: self.summary,
-            batch: bytes.slice(self.bytes.clone()),
+            batch,
         }
     }
 }

@@ -250,7 +250,7 @@ async fn what_a_commit_of_unknown_outcome_stored_is_told_when_the_store_is_back(
     assert!(device.sensor("t").is_none(), "nobody was told");
 
     writer.catch_up().await.expect("the store is well");
-    let TailRead::Entries(entries) = tail.read(Position(0), 10) else { panic!("followers were told nothing") };
+    let TailRead::Entries(entries) = tail.read(Position(0), 10, usize::MAX) else { panic!("followers were told nothing") };
     assert_eq!((entries.len(), &entries[0].batch), (1, &bytes));
     assert_eq!(device.sensor("t").map(|sensor| sensor.kind), Some(crate::model::ValueKind::Double));
     let (position, found) = latest.snapshot(|_| true);

@@ -193,7 +193,7 @@ impl Follower {
             }
             // Noted before reading, so that a commit after the read wakes us.
             self.head.mark_unchanged();
-            match self.sources.tail.read(self.cursor, ENTRIES_PER_READ) {
+            match self.sources.tail.read(self.cursor, ENTRIES_PER_READ, BYTES_PER_READ) {
                 TailRead::Entries(entries) => {
                     self.take_entries(entries)?;
                     self.give_way().await;

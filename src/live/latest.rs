@@ -66,17 +66,24 @@ struct Reading {
 impl Latest {
     /// What the store holds, brought up to the end of the log.
     pub async fn load(store: &Store, registry: &Registry) -> Result<Self, StoreError> {
-        let mut state = State::default();
+        let latest = Self::default();
+        let saved = latest.reload(store, registry).await?;
+        *latest.saved.lock().await = saved;
+        latest.catch_up(store, registry).await?;
+        Ok(latest)
+    }
+
+    /// Takes over what is saved in the store, and says as of which position that is.
+    pub async fn reload(&self, store: &Store, registry: &Registry) -> Result<Position, StoreError> {
         let (saved, rows) = store.latest().await?;
         for LatestRow { device, batch, .. } in rows {
             if let Some(device) = registry.by_key(device).await? {
-                state.add(&device, stored_readings(&device, batch)?.0, saved);
+                let (readings, _) = stored_readings(&device, batch)?;
+                self.state.lock().add(&device, readings, saved);
             }
         }
-        state.position = saved;
-        let latest = Self { state: Mutex::new(state), saved: tokio::sync::Mutex::new(saved) };
-        latest.catch_up(store, registry).await?;
-        Ok(latest)
+        self.state.lock().position = saved;
+        Ok(saved)
     }
 
     /// Takes over what the log holds behind the last batch that was added. Not while batches are being added.

@@ -8,7 +8,7 @@ use super::{Latest, Tail, TailEntry};
 use crate::{
     fleet::Registry,
     model::Position,
-    store::{Store, StoreError},
+    store::{LogRow, Store, StoreError},
 };
 use std::sync::Arc;
 use tokio::sync::{Mutex, MutexGuard};
@@ -47,7 +47,7 @@ impl Publisher {
         let mut through = self.through.lock().await;
         let mut whole = true;
         if through.0 + 1 < first.0 {
-            match self.read(&mut through).await {
+            match self.read(&mut through, first).await {
                 // What is still missing is gone with its device.
                 Ok(()) => through.0 = through.0.max(first.0 - 1),
                 Err(error) => {
@@ -61,19 +61,24 @@ impl Publisher {
 
     /// Publishes all that the store has.
     pub async fn catch_up(&self) -> Result<(), StoreError> {
-        self.read(&mut *self.through.lock().await).await
+        self.read(&mut *self.through.lock().await, Position(i64::MAX)).await
     }
 
     /// Publishes what the store has, unless all up to a position is published.
     pub async fn catch_up_to(&self, position: Position) -> Result<(), StoreError> {
         let mut through = self.through.lock().await;
-        if *through < position { self.read(&mut through).await } else { Ok(()) }
+        if *through < position { self.read(&mut through, Position(i64::MAX)).await } else { Ok(()) }
     }
 
-    async fn read(&self, through: &mut Position) -> Result<(), StoreError> {
-        loop {
-            let rows = self.store.read_log(*through, ROWS_PER_READ, BYTES_PER_READ).await?;
-            let Some(last) = rows.last().map(|row| row.position) else { return Ok(()) };
+    /// Publishes what the store has behind `through` and before `end`.
+    async fn read(&self, through: &mut Position, end: Position) -> Result<(), StoreError> {
+        while through.0 + 1 < end.0 {
+            let Some(rows) = self.store.read_log_unbroken(*through, ROWS_PER_READ, BYTES_PER_READ).await? else {
+                *through = self.skip_pruned().await?;
+                continue;
+            };
+            let rows: Vec<LogRow> = rows.into_iter().take_while(|row| row.position < end).collect();
+            let Some(last) = rows.last().map(|row| row.position) else { break };
             let mut entries = Vec::with_capacity(rows.len());
             for row in rows {
                 if let Some(device) = self.registry.by_key(row.device).await? {
@@ -90,6 +95,16 @@ impl Publisher {
             self.tail.publish(entries);
             *through = last;
         }
+        Ok(())
+    }
+
+    /// Goes on behind what others have pruned before this gateway could read it. Followers find their place gone, and are told;
+    /// the latest values are saved before anything is pruned.
+    async fn skip_pruned(&self) -> Result<Position, StoreError> {
+        let pruned = self.store.pruned_position().await?;
+        self.latest.reload(&self.store, &self.registry).await?;
+        self.tail.begin_after(pruned);
+        Ok(pruned)
     }
 }
 

@@ -92,15 +92,30 @@ impl Tail {
         }
     }
 
-    /// The entries behind `after`, at most `entries_max`.
-    pub fn read(&self, after: Position, entries_max: usize) -> TailRead {
+    /// The entries behind `after`: at most `entries_max`, and no further one when there are `bytes_max`.
+    pub fn read(&self, after: Position, entries_max: usize, bytes_max: usize) -> TailRead {
         let state = self.state.read();
         if after < state.begins_after {
             return TailRead::Behind;
         }
         let first = state.entries.partition_point(|entry| entry.position <= after);
-        let entries: Vec<TailEntry> = state.entries.range(first..).take(entries_max).cloned().collect();
+        let mut bytes = 0;
+        let fitting = state.entries.range(first..).take(entries_max).take_while(|entry| {
+            let fits = bytes < bytes_max;
+            bytes += entry.batch.len();
+            fits
+        });
+        let entries: Vec<TailEntry> = fitting.cloned().collect();
         if entries.is_empty() { TailRead::UpToDate } else { TailRead::Entries(entries) }
+    }
+
+    /// Forgets all entries, and begins anew behind a position that is further on.
+    pub fn begin_after(&self, position: Position) {
+        let mut state = self.state.write();
+        (state.begins_after, state.bytes) = (position, 0);
+        state.entries.clear();
+        drop(state);
+        self.head.send_replace(position);
     }
 
     /// Every entry behind this position is in the tail.

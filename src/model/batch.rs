@@ -116,7 +116,7 @@ pub struct KnownSensor {
     pub allow_non_finite: bool,
 }
 
-/// The latest reading of one column: of several at that time the last.
+/// A sensor's latest reading in a batch: of several at that time the last.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LatestReading {
     /// The sensor's number in the store.
@@ -130,7 +130,7 @@ pub struct LatestReading {
 /// The sensors of a batch.
 #[derive(Debug, Clone, PartialEq)]
 pub enum BatchSensors {
-    /// The device has all of them, as the batch says: nothing is left to be judged. For each column its latest reading.
+    /// The device has all of them, as the batch says: nothing is left to be judged. Of each its latest reading.
     Known(Vec<LatestReading>),
     /// Whether the device's sensors agree with them is for the registry to say. By name.
     New(BTreeMap<String, SensorUse>),
@@ -177,6 +177,11 @@ impl CheckedBatch {
     }
 }
 
+/// A batch of several frames that has more columns and sensors than this is decoded: to look for each would take long.
+const FOLDED_MAX: usize = 128;
+/// No sensor's number: that of a reading which another has taken the place of.
+const FOLDED: i64 = i64::MIN;
+
 impl BatchLimits {
     /// The earliest and the latest time that are taken now.
     fn times(&self, received: Timestamp) -> (Timestamp, Timestamp) {
@@ -194,7 +199,7 @@ fn check_in_place(
 ) -> Result<(BatchSummary, Vec<LatestReading>), Unusual> {
     let (earliest, latest_time) = limits.times(received);
     let (mut readings, mut first, mut last) = (0_usize, i64::MAX, i64::MIN);
-    let mut latest: Vec<LatestReading> = Vec::with_capacity(16);
+    let mut latest: Vec<LatestReading> = Vec::new();
     for frame in scan::frames(bytes) {
         let frame = frame?;
         let times = frame.sum_up_times()?;
@@ -213,6 +218,7 @@ fn check_in_place(
             latest.push(LatestReading { sensor_key: key, time, value });
         }
         let columns = latest.len() - columns_before;
+        fold(&mut latest, columns_before)?;
         readings = readings.saturating_add(times.rows.saturating_mul(columns));
         if columns == 0 || readings > limits.readings_max {
             return Err(Unusual);
@@ -225,6 +231,28 @@ fn check_in_place(
     let summary =
         BatchSummary { readings: u32::try_from(readings).map_err(|_| Unusual)?, first_time: time(first)?, last_time: time(last)? };
     Ok((summary, latest))
+}
+
+/// Makes one of several readings of a sensor: the latest, of several at that time the last. `latest` has one of each sensor
+/// before `added`, and one of each from there on.
+fn fold(latest: &mut Vec<LatestReading>, added: usize) -> Result<(), Unusual> {
+    if added == 0 {
+        return Ok(());
+    }
+    if latest.len() > FOLDED_MAX {
+        return Err(Unusual);
+    }
+    let (known, new) = latest.split_at_mut(added);
+    for reading in new.iter_mut() {
+        if let Some(earlier) = known.iter_mut().find(|earlier| earlier.sensor_key == reading.sensor_key) {
+            if reading.time >= earlier.time {
+                std::mem::swap(reading, earlier);
+            }
+            reading.sensor_key = FOLDED;
+        }
+    }
+    latest.retain(|reading| reading.sensor_key != FOLDED);
+    Ok(())
 }
 
 /// Whether a column has `rows` values that can be stored; the one of `latest_row`.

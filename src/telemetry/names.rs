@@ -115,11 +115,11 @@ pub const MERGE_DURATION: &str = "tidegate_merge_duration_seconds";
 /// Background work that failed.
 pub const MERGE_FAILURES: &str = "tidegate_merge_failures_total";
 /// Batches that wait to be merged.
-pub const UNMERGED_BATCHES: &str = "tidegate_unmerged_batches";
+pub const UNMERGED_ENTRIES: &str = "tidegate_unmerged_entries";
 /// Chunks written.
 pub const CHUNKS_WRITTEN: &str = "tidegate_chunks_written_total";
 /// Merged batches deleted from the log.
-pub const PRUNED_BATCHES: &str = "tidegate_pruned_batches_total";
+pub const PRUNED_ENTRIES: &str = "tidegate_pruned_entries_total";
 /// Readings deleted by retention.
 pub const EXPIRED_READINGS: &str = "tidegate_expired_readings_total";
 /// Always 1. `version`: the version of the running gateway.
@@ -221,9 +221,15 @@ pub static METRICS: &[Metric] = &[
         "How long passes that merge the log took, with the pauses that leave ingest its turn.",
     ),
     metric(MERGE_FAILURES, Kind::Counter, "failures", &[], "Rounds of merging, pruning and retention that failed and are tried again."),
-    metric(UNMERGED_BATCHES, Kind::Gauge, "batches", &[], "Batches of the log that were not merged when the last pass ended, about."),
+    metric(
+        UNMERGED_ENTRIES,
+        Kind::Gauge,
+        "entries",
+        &[],
+        "Entries of the log, each of one or several batches, that were not merged when the last pass ended, about.",
+    ),
     metric(CHUNKS_WRITTEN, Kind::Counter, "chunks", &[], "Chunks written."),
-    metric(PRUNED_BATCHES, Kind::Counter, "batches", &[], "Merged batches deleted from the log, as they are no longer kept for followers."),
+    metric(PRUNED_ENTRIES, Kind::Counter, "entries", &[], "Merged entries deleted from the log, as they are no longer kept for followers."),
     metric(EXPIRED_READINGS, Kind::Counter, "readings", &[], "Readings deleted by retention."),
     metric(BUILD_INFO, Kind::Gauge, "info", &["version"], "Always 1; the label tells the version of the running gateway."),
     metric(PROCESS_START_TIME, Kind::Gauge, "seconds", &[], "When the process began, in seconds since 1970-01-01T00:00:00Z."),

@@ -27,8 +27,6 @@ const WAL_PAGES_BEFORE_CHECKPOINT: &str = "2500";
 const PAGE_BYTES: u32 = 16 << 10;
 /// The page cache of the connection that writes, and of each that reads, in KiB (negative in SQLite's own convention).
 const WRITER_CACHE_KIB: &str = "-32768";
-/// How many rows a reading connection goes ahead of who reads them, so that the two do not wake one another for each.
-const ROWS_AHEAD: usize = 1_024;
 /// The same of a connection that reads: what it reads it seldom reads again, and the operating system caches it as well.
 const READER_CACHE_KIB: &str = "-4096";
 /// How many rows one statement inserts: few sizes, so that each is prepared once.
@@ -148,7 +146,6 @@ fn connect_options(settings: &Storage) -> SqliteConnectOptions {
         .foreign_keys(false)
         .pragma("wal_autocheckpoint", WAL_PAGES_BEFORE_CHECKPOINT)
         .pragma("cache_size", WRITER_CACHE_KIB)
-        .row_buffer_size(ROWS_AHEAD)
         .statement_cache_capacity(128)
 }
 

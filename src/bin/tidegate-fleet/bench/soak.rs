@@ -20,7 +20,7 @@ use tokio::time::Instant;
 const SLICE_DURATION: Duration = Duration::from_secs(2);
 const SHOWN_INTERVAL: Duration = Duration::from_secs(10);
 /// The gateway's metric of what waits to be merged.
-const UNMERGED: &str = "tidegate_unmerged_batches";
+const UNMERGED: &str = "tidegate_unmerged_entries";
 
 /// How things stood at some time.
 #[derive(Debug, Clone, Serialize)]
@@ -30,7 +30,7 @@ pub struct Sample {
     pub readings: u64,
     pub resident_bytes: u64,
     /// `None` when the gateway does not say.
-    pub unmerged_batches: Option<f64>,
+    pub unmerged_entries: Option<f64>,
     /// All files of the data directory.
     pub disk_bytes: u64,
 }
@@ -55,7 +55,7 @@ impl Outcome {
     /// The table of the documentation.
     pub fn to_markdown(&self, what: &str) -> String {
         let mut text = format!(
-            "Measured on {}; {}, batches of {}: {what}. {:.1} million readings at {:.2} M/s; the first tenth {:.2} M/s, the last {:.2} M/s ({:+.0} %). RSS peak {:.0} MiB.\n\n| after, s | readings, millions | RSS, MiB | unmerged batches | on disk, bytes a reading |\n|---|---|---|---|---|\n",
+            "Measured on {}; {}, batches of {}: {what}. {:.1} million readings at {:.2} M/s; the first tenth {:.2} M/s, the last {:.2} M/s ({:+.0} %). RSS peak {:.0} MiB.\n\n| after, s | readings, millions | RSS, MiB | unmerged entries | on disk, bytes a reading |\n|---|---|---|---|---|\n",
             self.machine,
             self.store.name(),
             self.batch,
@@ -75,7 +75,7 @@ impl Outcome {
 
 impl Sample {
     fn to_row(&self) -> String {
-        let unmerged = self.unmerged_batches.map_or("–".to_owned(), |batches| format!("{batches:.0}"));
+        let unmerged = self.unmerged_entries.map_or("–".to_owned(), |batches| format!("{batches:.0}"));
         let per_reading = self.disk_bytes as f64 / self.readings.max(1) as f64;
         format!(
             "| {:.0} | {:.1} | {:.0} | {unmerged} | {per_reading:.1} |\n",
@@ -105,7 +105,7 @@ impl Watched {
             seconds: self.began.elapsed().as_secs_f64(),
             readings,
             resident_bytes: self.server.usage()?.resident_bytes,
-            unmerged_batches: self.server.metric(UNMERGED).await?,
+            unmerged_entries: self.server.metric(UNMERGED).await?,
             disk_bytes: self.data.bytes()?,
         };
         if self.shown {
