@@ -49,7 +49,9 @@ SELECT devices.id AS device, sensors.name AS sensor, sensors.unit AS unit,
 FROM chunks
 JOIN sensors USING (sensor_id)
 JOIN devices USING (device_id)
-CROSS JOIN LATERAL json_array_elements_text(points::json) WITH ORDINALITY AS point (element, number)
+-- A text may have a NUL, which PostgreSQL's own texts can't: it is shown as U+FFFD.
+CROSS JOIN LATERAL json_array_elements_text(CASE encoding
+    WHEN 'text' THEN regexp_replace(points, '(?<!\\)((?:\\\\)*)\\u0000', '\1\\ufffd', 'g') ELSE points END::json) WITH ORDINALITY AS point (element, number)
 CROSS JOIN LATERAL (
     SELECT CASE
                WHEN time_unit = 0 THEN 0

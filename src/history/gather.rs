@@ -91,7 +91,7 @@ impl Gather {
     /// Takes the readings of rows of known devices.
     pub fn add(&mut self, rows: Vec<LogRow>) -> Result<(), StoreError> {
         for LogRow { position, device, batch, .. } in rows {
-            // What was taken before the reader gave up comes twice then; of one time the last is kept, which is the same.
+            // Columns that were taken before the reader gave up come twice then; of one time the last is kept, which is the same.
             if self.add_in_place(device, &batch).is_ok() {
                 continue;
             }

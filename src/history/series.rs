@@ -54,9 +54,18 @@ impl Series {
         self.values.append(other.values)
     }
 
-    /// Takes a column of a stored batch behind its own readings; what has been taken when an error ends it stays.
+    /// Takes a column of a stored batch behind its own readings; all of it, or after an error nothing.
     pub fn append_encoded(&mut self, times: &[i64], values: &RawValues<'_>) -> Result<(), Unusual> {
-        let before = self.len();
+        let taken = self.append_values(values);
+        if taken.is_ok() && self.values.len() == self.times.len() + times.len() {
+            self.times.extend_from_slice(times);
+            return Ok(());
+        }
+        self.values.truncate(self.times.len());
+        Err(Unusual)
+    }
+
+    fn append_values(&mut self, values: &RawValues<'_>) -> Result<(), Unusual> {
         match &mut self.values {
             Values::Double(own) => own.extend(values.doubles()?),
             Values::Int64(own) if values.kind == ValueKind::Int64 => append(own, values.integers(), |value| value)?,
@@ -64,8 +73,7 @@ impl Series {
             Values::Text(own) => append(own, values.texts(), str::to_owned)?,
             Values::Int64(_) | Values::Bool(_) => return Err(Unusual),
         }
-        self.times.extend_from_slice(times);
-        if self.values.len() == before + times.len() { Ok(()) } else { Err(Unusual) }
+        Ok(())
     }
 
     /// A copy of some of them.
@@ -107,6 +115,26 @@ fn append<T, U>(own: &mut Vec<U>, values: impl Iterator<Item = Result<T, Unusual
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{model::scan, pb};
+    use prost::Message;
+
+    /// A field that nobody knows behind the texts: the reader in place gives up when it has read some.
+    #[test]
+    fn of_a_column_that_cannot_be_read_in_place_nothing_is_taken() {
+        let texts = pb::TextValues { values: vec!["a".into(), "b".into()] };
+        let mut values = texts.encode_to_vec();
+        values.extend([0x78, 1]);
+        let length = |bytes: &[u8]| u8::try_from(bytes.len()).expect("short");
+        let column: Vec<u8> = [&[0x0a, 1, b's', 0x32, length(&values)], values.as_slice()].concat();
+        let frame: Vec<u8> = [&[0x12, 1, 2, 0x1a, length(&column)], column.as_slice()].concat();
+        let batch: Vec<u8> = [&[0x0a, length(&frame)], frame.as_slice()].concat();
+        assert_eq!(pb::Batch::decode(batch.as_slice()).expect("a batch").frames[0].columns[0].sensor, "s");
+        let frame = scan::frames(&batch).next().expect("one").expect("usual");
+        let column = frame.columns().next().expect("one").expect("usual");
+        let mut readings = Series { times: vec![1], values: Values::Text(vec!["before".into()]) };
+        assert_eq!(readings.append_encoded(&[2, 3], &column.values), Err(Unusual));
+        assert_eq!(readings, Series { times: vec![1], values: Values::Text(vec!["before".into()]) });
+    }
 
     #[test]
     fn of_one_time_the_reading_stored_last_wins() {

@@ -100,6 +100,16 @@ impl Values {
         true
     }
 
+    /// Keeps the first `len` values only.
+    pub fn truncate(&mut self, len: usize) {
+        match self {
+            Self::Double(values) => values.truncate(len),
+            Self::Int64(values) => values.truncate(len),
+            Self::Bool(values) => values.truncate(len),
+            Self::Text(values) => values.truncate(len),
+        }
+    }
+
     /// The values at `indexes`, in their order; no index may be there twice.
     pub fn select(self, indexes: &[usize]) -> Self {
         match self {

@@ -135,19 +135,22 @@ impl PostgresStore {
         rows.iter().map(chunk).collect()
     }
 
-    /// An estimate, as what deleting leaves free stays in the files for what comes next: the chunks there are, by the size of
-    /// some of them, and the log and the rest as they are.
+    /// An estimate, as what deleting leaves free stays in the files for what comes next: the readings in chunks, by the size of
+    /// those that are deleted next, the batches in the log, and the rest as it is.
     pub async fn used_bytes(&self) -> Result<u64, StoreError> {
         let row = sqlx::query(
-            "SELECT pg_database_size(current_database()) - pg_total_relation_size('chunks') AS others, \
-                 (SELECT count(*) FROM chunks) AS chunks, \
-                 coalesce((SELECT avg(pg_column_size(points)) FROM (SELECT points FROM chunks ORDER BY last_time DESC LIMIT 100) AS sample), \
-                     0)::bigint AS bytes",
+            "SELECT pg_database_size(current_database()) - pg_total_relation_size('chunks') - pg_total_relation_size('log') AS others, \
+                 coalesce((SELECT sum(octet_length(batch)) FROM log), 0)::bigint AS log, \
+                 coalesce((SELECT sum(readings) FROM chunks), 0)::float8 AS readings, \
+                 coalesce((SELECT sum(pg_column_size(points) + $1)::float8 / sum(readings) \
+                     FROM (SELECT points, readings FROM chunks ORDER BY last_time LIMIT 100) AS sample), 0)::float8 AS bytes",
         )
+        .bind(CHUNK_OVERHEAD_BYTES)
         .fetch_one(self.readers())
         .await?;
-        let (others, chunks, bytes): (i64, i64, i64) = (column(&row, "others")?, column(&row, "chunks")?, column(&row, "bytes")?);
-        Ok(others.saturating_add(chunks.saturating_mul(bytes + CHUNK_OVERHEAD_BYTES)).unsigned_abs())
+        let (others, log): (i64, i64) = (column(&row, "others")?, column(&row, "log")?);
+        let (readings, bytes): (f64, f64) = (column(&row, "readings")?, column(&row, "bytes")?);
+        Ok(others.saturating_add(log).unsigned_abs().saturating_add((readings * bytes) as u64))
     }
 
     /// The server's own vacuum does it.

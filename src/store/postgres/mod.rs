@@ -127,6 +127,10 @@ fn connect_options(settings: &Storage) -> Result<PgConnectOptions, StoreError> {
         ("synchronous_commit", synchronous_commit),
         ("idle_in_transaction_session_timeout", ABANDONED_TRANSACTION_TIMEOUT),
         ("lock_timeout", LOCK_TIMEOUT),
+        // The locks of a gateway whose machine is gone go within half a minute.
+        ("tcp_keepalives_idle", "10"),
+        ("tcp_keepalives_interval", "5"),
+        ("tcp_keepalives_count", "3"),
     ]))
 }
 
