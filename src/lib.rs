@@ -44,6 +44,7 @@ pub mod model;
 pub mod pb;
 pub mod store;
 pub mod telemetry;
+pub mod tls;
 
 #[cfg(test)]
 mod docs_tests;

@@ -3,9 +3,11 @@
 //! Invariants: at most `grpc.connections_max` connections are open; no error of one connection, and none of the operating
 //! system, ends the listener; when [`Listener::serve`] returns, every connection is closed and no work on a call is left.
 
+use super::io::GrpcIo;
 use crate::{
     config::Grpc,
     telemetry::{Metrics, names},
+    tls::{PeerCertificate, Tls},
 };
 use bytes::Bytes;
 use http::{Request, Response};
@@ -32,6 +34,9 @@ const SEND_BUFFER_BYTES_MAX: usize = 64 << 10;
 /// The length of the client connection preface (RFC 9113 section 3.4).
 const PREFACE_BYTES: usize = 24;
 
+/// How long the calls of a connection whose client certificate was revoked are given to end well.
+const REVOKED_LINGER: Duration = Duration::from_millis(500);
+
 /// How a listener is told to stop.
 #[derive(Debug, Clone, Default)]
 pub struct Stop {
@@ -46,6 +51,7 @@ pub struct Listener {
     socket: TcpListener,
     local_addr: SocketAddr,
     connections_max: usize,
+    tls: Option<Tls>,
     server: Server,
 }
 
@@ -54,7 +60,12 @@ impl Listener {
     pub async fn bind(config: &Grpc, metrics: &Metrics) -> io::Result<Self> {
         let socket = TcpListener::bind(config.listen).await?;
         let local_addr = socket.local_addr()?;
-        Ok(Self { socket, local_addr, connections_max: config.connections_max, server: Server::new(config, metrics) })
+        Ok(Self { socket, local_addr, connections_max: config.connections_max, tls: None, server: Server::new(config, metrics) })
+    }
+
+    /// The same that speaks TLS, when there is any to speak.
+    pub fn with_tls(self, tls: Option<Tls>) -> Self {
+        Self { tls, ..self }
     }
 
     /// The address with the port that was bound.
@@ -73,16 +84,16 @@ impl Listener {
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<BoxError>,
     {
-        let Self { socket, connections_max, server, .. } = self;
+        let Self { socket, connections_max, tls, server, .. } = self;
         let free = Arc::new(Semaphore::new(connections_max));
         while let Some((stream, permit)) = stop.drain.run_until_cancelled(server.accept(&socket, &free)).await {
             server.metrics.accepted.increment(1);
             let open = OpenConnection::new(&server.metrics.open, permit);
-            let (connection, service, stop) = (server.clone(), service.clone(), stop.clone());
+            let (connection, tls, service, stop) = (server.clone(), tls.clone(), service.clone(), stop.clone());
             server.tasks.spawn(async move {
                 let _open = open;
                 // Not an error of the gateway: peers go away, speak other protocols, break rules.
-                if let Err(error) = connection.serve(stream, service, stop).await {
+                if let Err(error) = connection.serve(stream, tls, service, stop).await {
                     tracing::debug!(error, "connection.failed");
                 }
             });
@@ -148,7 +159,7 @@ impl Server {
         }
     }
 
-    async fn serve<S, B>(self, stream: TcpStream, service: S, stop: Stop) -> Result<(), BoxError>
+    async fn serve<S, B>(self, stream: TcpStream, tls: Option<Tls>, service: S, stop: Stop) -> Result<(), BoxError>
     where
         S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
         S::Future: Send + 'static,
@@ -159,30 +170,53 @@ impl Server {
         stream.set_nodelay(true)?;
         let info: TcpConnectInfo = stream.connect_info();
         // Who has not even begun has no calls that could be waited for.
-        let Some(opened) = stop.drain.run_until_cancelled(time::timeout(self.preface_timeout, preface(stream))).await else {
+        let Some(secured) = stop.drain.run_until_cancelled(Secured::new(stream, tls)).await else { return Ok(()) };
+        let Secured { io, peer } = secured?;
+        let Some(opened) = stop.drain.run_until_cancelled(time::timeout(self.preface_timeout, preface(io))).await else {
             return Ok(());
         };
+        let revoked = peer.as_ref().map(|peer| peer.revoked.clone()).unwrap_or_default();
         let service = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(info.clone());
+            if let Some(peer) = &peer {
+                request.extensions_mut().insert(peer.clone());
+            }
             service.clone().oneshot(request)
         });
         let mut connection = pin!(self.http.serve_connection(TokioIo::new(opened??), service));
         tokio::select! {
             ended = connection.as_mut() => return Ok(ended?),
-            () = stop.drain.cancelled() => connection.as_mut().graceful_shutdown(),
+            () = stop.drain.cancelled() => {}
+            () = revoked.cancelled() => {}
         }
+        connection.as_mut().graceful_shutdown();
         tokio::select! {
             ended = connection => Ok(ended?),
             () = stop.cut.cancelled() => Ok(()),
+            () = async { revoked.cancelled().await; time::sleep(REVOKED_LINGER).await } => Ok(()),
         }
+    }
+}
+
+/// A connection behind its handshake, if there is one.
+struct Secured {
+    io: GrpcIo,
+    peer: Option<Arc<PeerCertificate>>,
+}
+
+impl Secured {
+    async fn new(stream: TcpStream, tls: Option<Tls>) -> io::Result<Self> {
+        let Some(tls) = tls else { return Ok(Self { io: GrpcIo::Plain(stream), peer: None }) };
+        let (stream, peer) = tls.accept(stream).await?;
+        Ok(Self { io: GrpcIo::Tls(Box::new(stream)), peer })
     }
 }
 
 /// Waits for the client connection preface, and puts it back in front of what follows.
 ///
 /// hyper's keepalive begins behind the preface: without a limit here, whoever connects and says nothing keeps a place forever.
-async fn preface(stream: TcpStream) -> io::Result<impl AsyncRead + AsyncWrite + Unpin> {
-    let (mut read, write) = stream.into_split();
+async fn preface<T: AsyncRead + AsyncWrite>(stream: T) -> io::Result<impl AsyncRead + AsyncWrite + Unpin> {
+    let (mut read, write) = tokio::io::split(stream);
     let mut preface = [0; PREFACE_BYTES];
     read.read_exact(&mut preface).await?;
     Ok(tokio::io::join(AsyncReadExt::chain(io::Cursor::new(preface), read), write))

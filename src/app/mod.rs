@@ -1,6 +1,7 @@
 //! The gateway as a whole: build, run, drain. The one module that knows all others.
 
 mod health;
+mod io;
 pub mod listener;
 mod peers;
 pub mod signals;
@@ -20,6 +21,7 @@ use crate::{
     pb,
     store::{Store, StoreError},
     telemetry::{Metrics, Readiness},
+    tls::{Tls, TlsError},
 };
 use listener::{Listener, Stop};
 use peers::Peers;
@@ -57,6 +59,9 @@ pub enum StartError {
         /// Why not.
         source: std::io::Error,
     },
+    /// The TLS files can't be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The descriptor set can't be served.
     #[error("the reflection service can't be built")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -79,6 +84,8 @@ pub struct Gateway {
     stop: Stop,
     routes: Routes,
     listener: Listener,
+    tls: Option<Tls>,
+    reload: Arc<Notify>,
     http: HttpServer,
 }
 
@@ -99,7 +106,9 @@ impl Gateway {
         let readiness = Readiness::starting(&[COMPONENT, writer::COMPONENT]);
         // Before the store is opened: what can't be listened on should not touch the data.
         let listen_error = |setting, address| move |source| StartError::Listen { setting, address, source };
+        let tls = Tls::load(&config.tls, &metrics)?;
         let listener = Listener::bind(&config.grpc, &metrics).await.map_err(listen_error("grpc.listen", config.grpc.listen))?;
+        let listener = listener.with_tls(tls.clone());
         let http = HttpServer::bind(config.http.listen).await.map_err(listen_error("http.listen", config.http.listen))?;
 
         let store = Store::open(&config.storage).await?;
@@ -138,8 +147,15 @@ impl Gateway {
             stop,
             routes,
             listener,
+            tls,
+            reload: Arc::default(),
             http,
         })
+    }
+
+    /// Notified, it has the gateway look at its files at once, as SIGHUP does.
+    pub fn reload(&self) -> Arc<Notify> {
+        self.reload.clone()
     }
 
     /// Where gRPC is served, with the port that was bound.
@@ -182,6 +198,8 @@ impl Gateway {
             stop,
             routes,
             listener,
+            tls,
+            reload,
             http,
         } = self;
         let background = CancellationToken::new();
@@ -196,6 +214,9 @@ impl Gateway {
         tasks.spawn(reconciler::run(store.clone(), registry, interval, background.clone()));
         tasks.spawn(run_purge(store.clone(), purge, background.clone()));
         tasks.spawn(health.clone().follow(readiness.clone(), metrics.clone(), background.clone()));
+        if let Some(tls) = tls {
+            tasks.spawn(tls.watch(reload, background.clone()));
+        }
         let http_stop = background.clone();
         let (http_metrics, http_readiness) = (metrics.clone(), readiness.clone());
         tasks.spawn(async move {
@@ -341,9 +362,10 @@ async fn run_purge(store: Store, purge: Arc<Notify>, stop: CancellationToken) {
 /// Runs a gateway until SIGTERM or ctrl-C. An error says why it could not start; `Ok(false)`, that the grace period was too
 /// short for it to end well.
 pub async fn serve(config: Config) -> anyhow::Result<bool> {
-    let signals = signals::Signals::install()?;
+    let mut signals = signals::Signals::install()?;
     let gateway = Gateway::build(config).await?;
     gateway.announce();
+    signals.reload_with(gateway.reload());
     let insecure = gateway.config.insecure;
     tracing::warn!(
         "gateway.open: there are no credentials, so everybody who can connect can read and write{}",

@@ -1,8 +1,12 @@
 //! SIGTERM and SIGINT: the first asks for a drain, the second ends the process at once. SIGXFSZ ends nothing: a write beyond
-//! the limit on file sizes (setrlimit(2)) is then an error like that of a full disk, from which the gateway recovers.
+//! the limit on file sizes (setrlimit(2)) is then an error like that of a full disk, from which the gateway recovers. SIGHUP
+//! ends nothing, either: it has the gateway look at its files at once.
 
-use std::io;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use std::{io, sync::Arc};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::Notify,
+};
 
 /// The exit code after a second signal, as a shell shows a process that SIGINT ended.
 const EXIT_CODE_INTERRUPTED: i32 = 130;
@@ -11,6 +15,8 @@ const EXIT_CODE_INTERRUPTED: i32 = 130;
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    // None: somebody listens to it.
+    hangup: Option<Signal>,
     _file_size: Signal,
 }
 
@@ -20,8 +26,19 @@ impl Signals {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            hangup: Some(signal(SignalKind::hangup())?),
             _file_size: signal(SignalKind::from_raw(libc::SIGXFSZ))?,
         })
+    }
+
+    /// Notifies `reload` at each SIGHUP from now on.
+    pub fn reload_with(&mut self, reload: Arc<Notify>) {
+        let Some(mut hangup) = self.hangup.take() else { return };
+        tokio::spawn(async move {
+            while hangup.recv().await.is_some() {
+                reload.notify_one();
+            }
+        });
     }
 
     /// Returns at the first signal. The second one then ends the process at once, whatever it does.

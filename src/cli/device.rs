@@ -7,14 +7,16 @@ use super::{
     print::{Table, proto_time},
     show,
 };
-use crate::pb::{self, device_service_client::DeviceServiceClient};
+use crate::{
+    client::Channel,
+    pb::{self, device_service_client::DeviceServiceClient},
+};
 use clap::{Args, Subcommand};
 use serde_json::json;
 use std::{
     collections::BTreeMap,
     io::{self, IsTerminal, Write},
 };
-use tonic::transport::Channel;
 
 #[derive(Debug, Subcommand)]
 pub enum DeviceCommand {

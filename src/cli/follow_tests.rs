@@ -94,7 +94,7 @@ async fn serve(service: Arc<Faltering>) -> ClientArgs {
     let endpoint = format!("http://{}", listener.local_addr().expect("bound"));
     let server = tonic::transport::Server::builder().add_service(LiveServiceServer::from_arc(service));
     tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-    ClientArgs { endpoint, timeout: Duration::from_secs(10) }
+    ClientArgs { endpoint, timeout: Duration::from_secs(10), credentials: Default::default() }
 }
 
 /// Scenario: the gateway drains in the middle of a stream. Guarantee: the follower goes on from its token, shows each reading

@@ -1,6 +1,6 @@
 //! `tidegate health`.
 
-use super::{Failure, client::ClientArgs};
+use super::{CredentialArgs, Failure, client::ClientArgs};
 use clap::Args;
 use std::time::Duration;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
@@ -19,10 +19,12 @@ pub struct HealthArgs {
     /// How long to wait for the answer.
     #[arg(long, value_name = "DURATION", default_value = TIMEOUT, value_parser = super::parse::duration)]
     timeout: Duration,
+    #[command(flatten)]
+    credentials: CredentialArgs,
 }
 
 pub async fn run(args: HealthArgs) -> Result<(), Failure> {
-    let client = ClientArgs { endpoint: args.endpoint, timeout: args.timeout };
+    let client = ClientArgs { endpoint: args.endpoint, timeout: args.timeout, credentials: args.credentials };
     // One timeout around both: connecting and asking.
     let check = async {
         let mut health = HealthClient::new(client.connect().await?);

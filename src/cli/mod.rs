@@ -7,6 +7,7 @@
 mod backup;
 mod client;
 mod configure;
+mod credentials;
 mod device;
 mod export;
 mod failure;
@@ -20,6 +21,7 @@ mod retry;
 mod set;
 mod show;
 
+pub use credentials::CredentialArgs;
 pub use failure::Failure;
 
 use crate::{
@@ -225,7 +227,7 @@ mod tests {
             &["query", "pump-1", "--format", "xml"],
             &["device", "create", "pump-1", "--label", "berlin"],
             &["device", "create", "pump 1"],
-            &["follow", "--endpoint", "https://gateway"],
+            &["follow", "--endpoint", "ftp://gateway"],
             &["follow", "--selector", "=,"],
             &["health", "--timeout", "0s"],
         ] {

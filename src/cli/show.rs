@@ -9,6 +9,7 @@ use super::{
     print::{Table, proto_time},
 };
 use crate::{
+    client::Channel,
     error::{Reason, StatusFacts},
     model::{ValueKind, batch::reason_name},
     pb::{self, config_service_client::ConfigServiceClient, device_service_client::DeviceServiceClient},
@@ -16,7 +17,6 @@ use crate::{
 use clap::Args;
 use serde_json::{Value as Json, json};
 use std::io::{self, Write};
-use tonic::transport::Channel;
 
 #[derive(Debug, Args)]
 pub struct ShowArgs {

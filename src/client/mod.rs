@@ -40,6 +40,7 @@
 
 pub mod backoff;
 pub mod batch;
+pub mod channel;
 pub mod link;
 pub mod queue;
 pub mod uploader;
@@ -49,31 +50,7 @@ mod fake;
 
 pub use backoff::{Backoff, BackoffSettings};
 pub use batch::{BatchBuilder, EncodedBatch};
+pub use channel::{Channel, ChannelError, Credentials, connect_lazy, connect_lazy_with};
 pub use link::{ConfigDecision, ConfigHandler, DeviceLink, LinkError, LinkEvent, LinkObserver, LinkSettings};
 pub use queue::{Queue, QueueError, QueueLimits, QueueStatus, Resumed, WhenFull};
 pub use uploader::{UploadError, UploadSummary, Uploader, UploaderSettings};
-
-use std::time::Duration;
-use tonic::transport::{Channel, Endpoint};
-
-/// How long a connection may take to come about.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// A silent connection is asked after this time whether it is alive, so that a cut cable is noticed.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
-/// How long the answer may take.
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// A channel to the gateway at `endpoint`, such as `http://127.0.0.1:50051`. It connects when it is first used, and again
-/// whenever it has to; several devices may share it.
-///
-/// # Errors
-/// When `endpoint` is not a URI.
-pub fn connect_lazy(endpoint: &str) -> Result<Channel, tonic::transport::Error> {
-    let endpoint = Endpoint::from_shared(endpoint.to_owned())?
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-        .keep_alive_while_idle(true);
-    Ok(endpoint.connect_lazy())
-}

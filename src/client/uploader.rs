@@ -2,6 +2,7 @@
 
 use super::{
     backoff::{Backoff, BackoffSettings},
+    channel::Channel,
     queue::{Queue, QueueError, QueuedBatch, Resumed, SEQUENCE_MAX},
 };
 use crate::{
@@ -14,7 +15,7 @@ use futures_util::{Stream, stream};
 use parking_lot::Mutex;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use tokio::time::Instant;
-use tonic::{Code, Request, Status, transport::Channel};
+use tonic::{Code, Request, Status};
 
 /// How an uploader behaves.
 #[derive(Debug, Clone)]
@@ -106,8 +107,8 @@ pub struct Uploader {
 
 impl Uploader {
     /// An uploader of `device` for what `queue` holds.
-    pub fn new(device: DeviceId, queue: Queue, channel: Channel, settings: UploaderSettings) -> Self {
-        let client = TelemetryServiceClient::new(channel);
+    pub fn new(device: DeviceId, queue: Queue, channel: impl Into<Channel>, settings: UploaderSettings) -> Self {
+        let client = TelemetryServiceClient::new(channel.into());
         Self { device, queue, client, settings, sent_through: 0, forgotten_through: 0, ask: false }
     }
 

@@ -11,7 +11,12 @@ use figment::{
 };
 use jiff::{SignedDuration, fmt::serde::unsigned_duration::friendly::compact::required as duration};
 use serde::{Deserialize, Serialize};
-use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    fmt,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 mod database_url;
 mod settings;
@@ -25,6 +30,7 @@ pub use settings::{Allowed, SETTINGS, Setting};
 pub struct Config {
     pub insecure: bool,
     pub grpc: Grpc,
+    pub tls: Tls,
     pub http: Http,
     pub storage: Storage,
     pub ingest: Ingest,
@@ -57,6 +63,20 @@ pub struct Grpc {
     pub unary_deadline_max: Duration,
     #[serde(with = "duration")]
     pub streaming_deadline_max: Duration,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "SETTINGS documents each")]
+pub struct Tls {
+    pub certificate_file: PathBuf,
+    pub key_file: PathBuf,
+    pub client_ca_file: PathBuf,
+    pub client_crl_file: PathBuf,
+    #[serde(with = "duration")]
+    pub reload_interval: Duration,
+    #[serde(with = "duration")]
+    pub handshake_timeout: Duration,
+    pub handshakes_max: usize,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -150,6 +170,18 @@ pub struct Log {
     pub format: String,
 }
 
+impl Tls {
+    /// Each with the key of its setting, and the file without which it means nothing.
+    fn files_that_need_others(&self) -> [(&'static str, &Path, &'static str, &Path); 4] {
+        [
+            ("tls.certificate_file", &self.certificate_file, "tls.key_file", &self.key_file),
+            ("tls.key_file", &self.key_file, "tls.certificate_file", &self.certificate_file),
+            ("tls.client_ca_file", &self.client_ca_file, "tls.certificate_file", &self.certificate_file),
+            ("tls.client_crl_file", &self.client_crl_file, "tls.client_ca_file", &self.client_ca_file),
+        ]
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         const MIB: usize = 1 << 20;
@@ -169,6 +201,15 @@ impl Default for Config {
                 streaming_calls_max: 20_000,
                 unary_deadline_max: Duration::from_secs(60),
                 streaming_deadline_max: Duration::from_secs(24 * 3600),
+            },
+            tls: Tls {
+                certificate_file: PathBuf::new(),
+                key_file: PathBuf::new(),
+                client_ca_file: PathBuf::new(),
+                client_crl_file: PathBuf::new(),
+                reload_interval: Duration::from_secs(10),
+                handshake_timeout: Duration::from_secs(10),
+                handshakes_max: 1_000,
             },
             http: Http { listen: SocketAddr::from(([127, 0, 0, 1], 9464)) },
             storage: Storage {
@@ -230,7 +271,15 @@ impl fmt::Display for WrongSetting {
 }
 
 /// Environment variables of ours that are no settings of the gateway: those of the commands.
-const OTHER_VARIABLES: [&str; 2] = ["TIDEGATE_CONFIG_FILE", "TIDEGATE_ENDPOINT"];
+const OTHER_VARIABLES: [&str; 7] = [
+    "TIDEGATE_CONFIG_FILE",
+    "TIDEGATE_ENDPOINT",
+    "TIDEGATE_CA_FILE",
+    "TIDEGATE_CLIENT_CERTIFICATE_FILE",
+    "TIDEGATE_CLIENT_KEY_FILE",
+    "TIDEGATE_TOKEN",
+    "TIDEGATE_TOKEN_FILE",
+];
 
 /// Why there are no settings to start with.
 #[derive(Debug, thiserror::Error)]
@@ -312,6 +361,11 @@ impl Config {
                 format!("at most grpc.connection_window_bytes, which is {}", self.grpc.connection_window_bytes),
             );
         }
+        for (key, file, needed_key, needed) in self.tls.files_that_need_others() {
+            if !file.as_os_str().is_empty() && needed.as_os_str().is_empty() {
+                refuse(key, format!("empty while {needed_key} is"));
+            }
+        }
         if self.shutdown.notice >= self.shutdown.grace {
             refuse("shutdown.notice", "less than shutdown.grace".into());
         }
@@ -380,9 +434,13 @@ impl Provider for One {
     fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
         let value = match self.setting.allowed {
             Allowed::Flag | Allowed::Count(_) | Allowed::Bytes(_) => self.value.parse().unwrap_or_else(|_| Value::from(self.value.clone())),
-            Allowed::Address | Allowed::Path | Allowed::DatabaseUrl | Allowed::Duration(_) | Allowed::OneOf(_) | Allowed::LogFilter => {
-                Value::from(self.value.clone())
-            }
+            Allowed::Address
+            | Allowed::Path
+            | Allowed::File
+            | Allowed::DatabaseUrl
+            | Allowed::Duration(_)
+            | Allowed::OneOf(_)
+            | Allowed::LogFilter => Value::from(self.value.clone()),
         };
         let dict = figment::util::nest(self.setting.key, value).into_dict().expect("a key with a value nests into a dictionary");
         Ok(Profile::Default.collect(dict))

@@ -24,6 +24,8 @@ pub enum Allowed {
     Flag,
     /// A directory.
     Path,
+    /// A file; may be empty.
+    File,
     /// Where a PostgreSQL database is; may be empty.
     DatabaseUrl,
     /// A number of things.
@@ -61,6 +63,7 @@ impl Allowed {
             Self::Address => value.as_str().is_some_and(|text| text.parse::<SocketAddr>().is_ok()),
             Self::Flag => value.to_bool().is_some(),
             Self::Path => value.as_str().is_some_and(|text| !text.is_empty()),
+            Self::File => value.as_str().is_some(),
             Self::DatabaseUrl => value.as_str().is_some_and(DatabaseUrl::is_allowed),
             Self::Count(range) | Self::Bytes(range) => number.is_some_and(|number| range.contains(&number)),
             Self::Duration(range) => value.as_str().and_then(super::parse_duration).is_some_and(|duration| range.contains(&duration)),
@@ -75,6 +78,7 @@ impl Allowed {
             Self::Address => "IP:PORT",
             Self::Flag => "BOOL",
             Self::Path => "DIR",
+            Self::File => "FILE",
             Self::DatabaseUrl => "URL",
             Self::Count(_) => "N",
             Self::Bytes(_) => "BYTES",
@@ -91,6 +95,7 @@ impl fmt::Display for Allowed {
             Self::Address => f.write_str("IP:PORT"),
             Self::Flag => f.write_str("true or false"),
             Self::Path => f.write_str("a directory"),
+            Self::File => f.write_str("a file, or empty"),
             Self::DatabaseUrl => f.write_str("postgres://USER:PASSWORD@HOST:PORT/DATABASE, or empty"),
             Self::Count(range) => write!(f, "{} to {}", range.start(), range.end()),
             Self::Bytes(range) => write!(f, "{} to {} bytes", range.start(), range.end()),
@@ -169,6 +174,33 @@ pub static SETTINGS: &[Setting] = &[
         "grpc.streaming_deadline_max",
         seconds(1..=365 * DAY),
         "How long a streaming call may last: the deadline where the client sets none, and the most that it may set.",
+    ),
+    setting(
+        "tls.certificate_file",
+        Allowed::File,
+        "The gateway's certificate and those up to its authority (PEM); empty: gRPC without TLS.",
+    ),
+    setting("tls.key_file", Allowed::File, "The certificate's private key (PEM)."),
+    setting(
+        "tls.client_ca_file",
+        Allowed::File,
+        "The authorities whose client certificates devices may show (PEM); empty: client certificates are not asked for.",
+    ),
+    setting(
+        "tls.client_crl_file",
+        Allowed::File,
+        "The revocation lists of these authorities (PEM). With it a certificate whose issuer has no list in it is refused.",
+    ),
+    setting(
+        "tls.reload_interval",
+        seconds(1..=DAY),
+        "How often these four files are looked at for changes; SIGHUP does so at once. Open connections go on, but for those whose client certificate is no longer good.",
+    ),
+    setting("tls.handshake_timeout", seconds(1..=600), "How long a TLS handshake may take."),
+    setting(
+        "tls.handshakes_max",
+        Allowed::Count(1..=1_000_000),
+        "How many TLS handshakes may be under way at once; further ones wait, within their time.",
     ),
     setting("http.listen", Allowed::Address, "Where /metrics, /livez and /readyz are served."),
     setting(

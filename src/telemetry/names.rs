@@ -78,6 +78,12 @@ pub const GRPC_CONNECTIONS_OPEN: &str = "tidegate_grpc_connections_open";
 pub const GRPC_CONNECTIONS: &str = "tidegate_grpc_connections_total";
 /// Connections that the operating system could not hand over.
 pub const GRPC_ACCEPT_ERRORS: &str = "tidegate_grpc_accept_errors_total";
+/// TLS handshakes. `outcome`: `done`, `failed`, `timed_out`.
+pub const TLS_HANDSHAKES: &str = "tidegate_tls_handshakes_total";
+/// Changes of the TLS files. `outcome`: `loaded`, `refused`.
+pub const TLS_RELOADS: &str = "tidegate_tls_reloads_total";
+/// When the gateway's certificate expires.
+pub const TLS_CERTIFICATE_EXPIRY: &str = "tidegate_tls_certificate_expiry_timestamp_seconds";
 /// Panics in the work on calls.
 pub const PANICS: &str = "tidegate_panics_total";
 /// 1 while the gateway is ready to do its work, as `/readyz` says; else 0.
@@ -166,6 +172,21 @@ pub static METRICS: &[Metric] = &[
         "errors",
         &[],
         "Connections that the operating system could not hand over, for example for want of file descriptors.",
+    ),
+    metric(TLS_HANDSHAKES, Kind::Counter, "handshakes", &["outcome"], "TLS handshakes that came to an end, by how."),
+    metric(
+        TLS_RELOADS,
+        Kind::Counter,
+        "reloads",
+        &["outcome"],
+        "Changes of the TLS files that were taken over, or refused because the files can't be used.",
+    ),
+    metric(
+        TLS_CERTIFICATE_EXPIRY,
+        Kind::Gauge,
+        "seconds",
+        &[],
+        "When the first certificate of the gateway's chain expires, in seconds since 1970-01-01T00:00:00Z; not shown without TLS.",
     ),
     metric(PANICS, Kind::Counter, "panics", &[], "Panics in the work on calls; each is a defect of the gateway."),
     metric(READY, Kind::Gauge, "ready", &[], "1 while the gateway is ready to do its work, as /readyz says; else 0."),

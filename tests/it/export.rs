@@ -10,13 +10,14 @@ use crate::support::{
 };
 use std::{net::SocketAddr, path::Path, process::Command, time::Duration};
 use tempfile::TempDir;
+use tidegate::client::Channel;
 use tidegate::{
     config::Config,
     error::StatusFacts,
     model::columns::{Values, times_from_deltas},
     pb::{self, export_readings_response::Message, reading_service_client::ReadingServiceClient},
 };
-use tonic::{Code, Status, Streaming, transport::Channel};
+use tonic::{Code, Status, Streaming};
 
 const MERGED: &str = "tidegate_merged_readings_total";
 const IN_FLIGHT: &str = r#"tidegate_grpc_requests_in_flight{method="tidegate.v1.ReadingService/ExportReadings"}"#;

@@ -5,12 +5,13 @@ use crate::support::{
     database::{Database, on_each_database},
     soon,
 };
+use tidegate::client::Channel;
 use tidegate::{
     error::StatusFacts,
     model::{batch::decode_stored, columns::Values},
     pb::{self, follow_request::Start, follow_response::Message},
 };
-use tonic::{Code, Status, Streaming, transport::Channel};
+use tonic::{Code, Status, Streaming};
 
 on_each_database!(
     latest_values_then_the_marker_then_live,

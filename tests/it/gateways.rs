@@ -10,12 +10,13 @@ use crate::support::{
 };
 use serde_json::json;
 use std::collections::BTreeMap;
+use tidegate::client::Channel;
 use tidegate::{
     config::DatabaseUrl,
     error::StatusFacts,
     pb::{self, ConfigOutcome, ConfigState, follow_request::Start, follow_response::Message},
 };
-use tonic::{Streaming, transport::Channel};
+use tonic::Streaming;
 
 /// Two gateways on an empty database; `None` where there is no PostgreSQL.
 async fn two_gateways() -> Option<(TestGateway, TestGateway)> {

@@ -28,4 +28,5 @@ mod readme;
 mod sizes;
 mod sql;
 mod store_failure;
+mod tls;
 mod upload;

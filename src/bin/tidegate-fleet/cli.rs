@@ -4,7 +4,7 @@ use crate::{bench::Bench, null_sink::NullSink, recording::TimeFormat};
 use clap::{Args, Parser, Subcommand};
 use jiff::SignedDuration;
 use std::{path::PathBuf, time::Duration};
-use tidegate::model::DeviceId;
+use tidegate::{cli::CredentialArgs, model::DeviceId};
 use uuid::Uuid;
 
 /// Simulated and replayed devices for a Tidegate gateway.
@@ -37,6 +37,8 @@ pub struct Common {
     /// The gateway.
     #[arg(long, env = "TIDEGATE_ENDPOINT", default_value = "http://127.0.0.1:50051", value_name = "URL")]
     pub endpoint: String,
+    #[command(flatten)]
+    pub credentials: CredentialArgs,
     /// Read everything back afterwards, and compare it with what was sent.
     #[arg(long)]
     pub verify: bool,

@@ -10,10 +10,11 @@ use anyhow::anyhow;
 use parking_lot::Mutex;
 use prost::Message as _;
 use std::collections::BTreeMap;
+use tidegate::client::Channel;
 use tidegate::pb::{
     self, FollowRequest, FollowResponse, follow_request::Start, follow_response::Message, live_service_client::LiveServiceClient,
 };
-use tonic::{Status, transport::Channel};
+use tonic::Status;
 
 /// So many devices a follower may name.
 const DEVICES_MAX: usize = 1_000;

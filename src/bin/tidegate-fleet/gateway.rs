@@ -1,30 +1,31 @@
 //! The way to the gateway.
 
-use crate::Usage;
+use crate::{Usage, cli::Common};
 use anyhow::anyhow;
 use std::{future::Future, time::Duration};
 use tidegate::{
-    client::{Backoff, BackoffSettings, connect_lazy},
+    client::{Backoff, BackoffSettings, Channel, connect_lazy_with},
     error::StatusFacts,
     model::StreamId,
     pb::{GetUploadPositionRequest, telemetry_service_client::TelemetryServiceClient},
 };
 use tokio::time::Instant;
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Status};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 /// How long the first answer may take.
 const FIRST_ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// So many connections to the gateway, which has answered on the first.
-pub async fn connect(endpoint: &str, connections: u32) -> anyhow::Result<Vec<Channel>> {
-    let channels = (0..connections)
-        .map(|_| connect_lazy(endpoint))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|_| Usage(format!("{endpoint:?} is not an endpoint: write it like http://127.0.0.1:50051")))?;
-    let client = TelemetryServiceClient::new(channels[0].clone());
-    // It changes nothing, and a gateway answers it for any device.
-    let question = GetUploadPositionRequest { device: "tidegate-fleet".to_owned(), stream_id: StreamId::new().as_bytes().to_vec().into() };
-    retry(FIRST_ANSWER_TIMEOUT, async || client.clone().get_upload_position(question.clone()).await)
+pub async fn connect(common: &Common, connections: u32) -> anyhow::Result<Vec<Channel>> {
+    let endpoint = &common.endpoint;
+    let credentials = common.credentials.load().map_err(|failure| Usage(failure.text()))?;
+    let channels = (0..connections).map(|_| connect_lazy_with(endpoint, &credentials)).collect::<Result<Vec<_>, _>>().map_err(|why| {
+        Usage(format!("cannot connect to {endpoint:?}: {:#}; write it like http://127.0.0.1:50051", anyhow::Error::from(why)))
+    })?;
+    // A gateway answers it to anybody.
+    let client = HealthClient::new(channels[0].clone());
+    retry(FIRST_ANSWER_TIMEOUT, async || client.clone().check(HealthCheckRequest::default()).await)
         .await
         .map_err(|status| no_answer(endpoint, &status))?;
     Ok(channels)

@@ -15,11 +15,10 @@ use anyhow::Context;
 use serde::Serialize;
 use std::{collections::BTreeMap, sync::Arc};
 use tidegate::{
-    client::{Queue, QueueLimits, WhenFull},
+    client::{Channel, Queue, QueueLimits, WhenFull},
     model::{StreamId, columns::Value},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
 use uuid::Uuid;
 
 /// What waits to be sent at the most.
@@ -81,7 +80,7 @@ pub async fn run(arguments: Replay) -> anyhow::Result<Verdict> {
     }
     let batch = batch_readings(&arguments);
     let queue = open_queue(&arguments, &recording, &units, batch).await?;
-    let channel = gateway::connect(&common.endpoint, 1).await?.remove(0);
+    let channel = gateway::connect(common, 1).await?.remove(0);
     let known_batches = gateway::upload_position(&channel, arguments.device.as_str(), queue.stream_id()).await?;
 
     let reader = Reader::new(channel.clone());

@@ -14,11 +14,10 @@ use std::{
     time::Duration,
 };
 use tidegate::client::{
-    ConfigDecision, DeviceLink, LinkError, LinkEvent, LinkObserver, Queue, QueueError, UploadError, UploadSummary, Uploader,
+    Channel, ConfigDecision, DeviceLink, LinkError, LinkEvent, LinkObserver, Queue, QueueError, UploadError, UploadSummary, Uploader,
     UploaderSettings,
 };
 use tokio::time::Instant;
-use tonic::transport::Channel;
 
 /// The batches that were queued and are not known to be acknowledged.
 pub struct Unsettled<'a> {

@@ -18,12 +18,11 @@ use std::{
     time::Duration,
 };
 use tidegate::{
-    client::{ConfigDecision, DeviceLink, Queue, QueueLimits, WhenFull},
+    client::{Channel, ConfigDecision, DeviceLink, Queue, QueueLimits, WhenFull},
     model::{DeviceId, StreamId, Timestamp, columns::Value},
 };
 use tokio::{task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
 
 const DEVICES_PER_CONNECTION: u32 = 250;
 /// What a device keeps while the gateway is away; a device whose queue is full stops measuring until there is room.
@@ -82,7 +81,7 @@ pub async fn run(arguments: Simulate) -> anyhow::Result<Verdict> {
     let common = &arguments.common;
     let progress = Progress::choose(common.json, common.quiet);
     let connections = arguments.connections.unwrap_or(arguments.devices.div_ceil(DEVICES_PER_CONNECTION));
-    let channels = gateway::connect(&common.endpoint, connections).await?;
+    let channels = gateway::connect(common, connections).await?;
     let reader = Reader::new(channels[0].clone());
     let before = match common.verify {
         true => Some(Before::find(&reader, &channels[0], arguments.seed, arguments.devices).await?),

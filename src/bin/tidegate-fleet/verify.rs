@@ -9,6 +9,7 @@ use anyhow::{Context, anyhow, bail};
 use serde::Serialize;
 use std::{cmp::Ordering, collections::BTreeMap, time::Duration};
 use tidegate::{
+    client::Channel,
     model::{
         Timestamp,
         columns::{Value, Values, times_from_deltas},
@@ -17,7 +18,7 @@ use tidegate::{
         self, device_service_client::DeviceServiceClient, query_readings_response::Message, reading_service_client::ReadingServiceClient,
     },
 };
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Status};
 
 /// How many differences of a device are told one by one.
 const EXAMPLES_MAX: usize = 5;

@@ -4,6 +4,7 @@ mod session;
 
 use super::{
     backoff::{Backoff, BackoffSettings},
+    channel::Channel,
     queue::{Acknowledged, Queue, QueueError},
 };
 use crate::{
@@ -16,7 +17,7 @@ use session::Session;
 use std::{sync::Arc, time::Duration};
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tonic::{Status, transport::Channel};
+use tonic::Status;
 
 /// How a link behaves.
 #[derive(Debug, Clone)]
@@ -248,7 +249,8 @@ pub struct DeviceLink {
 
 impl DeviceLink {
     /// A link of `device` that sends what `queue` holds. Several links may share a channel.
-    pub fn builder(device: DeviceId, queue: Queue, channel: Channel) -> DeviceLinkBuilder {
+    pub fn builder(device: DeviceId, queue: Queue, channel: impl Into<Channel>) -> DeviceLinkBuilder {
+        let channel = channel.into();
         let (_, reverts) = watch::channel(None);
         let settings = LinkSettings::default();
         let worker = Worker {

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use prost::Message;
 use std::collections::BTreeMap;
+use tidegate::client::Channel;
 use tidegate::{
     model::{StreamId, columns::Values},
     pb::{
@@ -11,7 +12,7 @@ use tidegate::{
         telemetry_service_client::TelemetryServiceClient,
     },
 };
-use tonic::{Status, transport::Channel};
+use tonic::Status;
 
 /// A time that readings begin at: 2026-01-01T00:00:00Z.
 pub const T0: i64 = 1_767_225_600_000_000;

@@ -12,9 +12,10 @@ use std::{
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
+use tidegate::client::Channel;
 use tidegate::pb::{self, follow_request::Start, follow_response::Message};
 use tokio::{sync::watch, task::JoinHandle};
-use tonic::{Status, transport::Channel};
+use tonic::Status;
 
 const BATCHES_PER_CALL: u64 = 3;
 

@@ -1,5 +1,6 @@
 //! What the tests share: gateways in this process and of their own, and clients.
 
+pub mod certificates;
 pub mod client;
 pub mod database;
 #[cfg(target_os = "linux")]
@@ -12,12 +13,12 @@ pub mod random;
 pub mod script;
 pub mod streams;
 
-use std::{future::Future, net::SocketAddr, path::Path, time::Duration};
+use std::{future::Future, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 use tempfile::TempDir;
-use tidegate::{app::Gateway, config::Config};
-use tokio::{task::JoinHandle, time::timeout};
+use tidegate::{app::Gateway, client::Channel, config::Config};
+use tokio::{sync::Notify, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Endpoint;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 /// How long a test waits for what must happen. Long, as machines are slow; reached only by a failing test.
@@ -57,6 +58,7 @@ pub struct TestGateway {
     pub http: SocketAddr,
     config: Config,
     stop: CancellationToken,
+    reload: Arc<Notify>,
     running: JoinHandle<bool>,
     directory: TempDir,
 }
@@ -82,12 +84,17 @@ impl TestGateway {
 
     async fn run(config: Config, directory: TempDir) -> Self {
         let gateway = Gateway::build(config.clone()).await.expect("the gateway starts");
-        let (grpc, http) = (gateway.grpc_addr(), gateway.http_addr());
+        let (grpc, http, reload) = (gateway.grpc_addr(), gateway.http_addr(), gateway.reload());
         let stop = CancellationToken::new();
         let running = tokio::spawn(gateway.run_until(stop.clone().cancelled_owned()));
-        let started = Self { grpc, http, config, stop, running, directory };
+        let started = Self { grpc, http, config, stop, reload, running, directory };
         eventually("ready", || async { (started.http_status("/readyz").await == 200).then_some(()) }).await;
         started
+    }
+
+    /// Has it look at its files, without waiting for it.
+    pub fn reload(&self) {
+        self.reload.notify_one();
     }
 
     /// Asks it to stop, without waiting for it.
@@ -137,7 +144,7 @@ pub fn metric(text: &str, series: &str) -> Option<f64> {
 
 /// A connection that is made when it is first used.
 pub fn channel(address: SocketAddr) -> Channel {
-    Endpoint::from_shared(format!("http://{address}")).expect("a URI").tcp_nodelay(true).connect_lazy()
+    Endpoint::from_shared(format!("http://{address}")).expect("a URI").tcp_nodelay(true).connect_lazy().into()
 }
 
 /// Waits until the health service says that the gateway serves, or that it does not.

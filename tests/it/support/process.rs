@@ -8,7 +8,7 @@ use std::{
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex},
 };
-use tonic::transport::Channel;
+use tidegate::client::Channel;
 
 /// See the [module](self). Killed when it is dropped.
 pub struct GatewayProcess {

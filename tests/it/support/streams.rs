@@ -5,6 +5,7 @@ use super::{
     soon,
 };
 use serde_json::Value;
+use tidegate::client::Channel;
 use tidegate::{
     model::structs,
     pb::{
@@ -14,7 +15,7 @@ use tidegate::{
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, Streaming, transport::Channel};
+use tonic::{Status, Streaming};
 
 /// A device on a Connect stream.
 pub struct Link {
