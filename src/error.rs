@@ -103,6 +103,14 @@ pub enum Error {
     /// The call's deadline passed.
     #[error("the deadline of {0:?} has passed")]
     DeadlineExceeded(Duration),
+    /// The client did not send what was waited for.
+    #[error("nothing that was complete came in {limit:?} ({setting}): connect again")]
+    TooSlow {
+        /// The setting that holds the limit.
+        setting: &'static str,
+        /// Its value.
+        limit: Duration,
+    },
     /// A defect of the gateway. The cause is in its log under the request id.
     #[error("internal error; the gateway's log has the cause under this request id")]
     Internal,
@@ -158,12 +166,13 @@ pub enum Reason {
     Overloaded,
     Draining,
     DeadlineExceeded,
+    TooSlow,
     Internal,
 }
 
 impl Reason {
     /// All of them, in the order of the documentation.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::InvalidArgument,
         Self::DeviceNotFound,
         Self::DeviceExists,
@@ -179,6 +188,7 @@ impl Reason {
         Self::Overloaded,
         Self::Draining,
         Self::DeadlineExceeded,
+        Self::TooSlow,
         Self::Internal,
     ];
 
@@ -200,6 +210,7 @@ impl Reason {
             Self::Overloaded => "OVERLOADED",
             Self::Draining => "DRAINING",
             Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
+            Self::TooSlow => "TOO_SLOW",
             Self::Internal => "INTERNAL",
         }
     }
@@ -215,7 +226,7 @@ impl Reason {
             Self::PositionExpired => Code::OutOfRange,
             Self::QueryTooLarge | Self::Overloaded => Code::ResourceExhausted,
             Self::StoreUnavailable | Self::Draining => Code::Unavailable,
-            Self::DeadlineExceeded => Code::DeadlineExceeded,
+            Self::DeadlineExceeded | Self::TooSlow => Code::DeadlineExceeded,
             Self::Internal => Code::Internal,
         }
     }
@@ -254,6 +265,7 @@ impl Error {
             Self::Overloaded { .. } => Reason::Overloaded,
             Self::Draining => Reason::Draining,
             Self::DeadlineExceeded(_) => Reason::DeadlineExceeded,
+            Self::TooSlow { .. } => Reason::TooSlow,
             Self::Internal => Reason::Internal,
         }
     }
@@ -279,6 +291,7 @@ impl Error {
                 vec![("setting", (*setting).to_owned()), ("limit", limit.to_string())]
             }
             Self::DeadlineExceeded(deadline) => vec![("deadline_ms", deadline.as_millis().to_string())],
+            Self::TooSlow { setting, limit } => vec![("setting", (*setting).to_owned()), ("limit_ms", limit.as_millis().to_string())],
             Self::InvalidArgument(_) | Self::PositionExpired { .. } | Self::StoreUnavailable | Self::Draining | Self::Internal => vec![],
         }
     }

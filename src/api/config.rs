@@ -9,13 +9,13 @@ use super::{
 use crate::{
     error::{Error, Failure, Violations},
     fleet::{ConfigChange, Configs, Device, Registry, configs::etag},
+    middleware::Draining,
     model::{DeviceId, LabelSelector, structs},
     pb::{self, config_service_server::ConfigService, set_config, watch_config},
     store::{ConfigRevisionRow, Store, StoreError},
 };
 use futures_util::StreamExt;
 use prost::Message;
-use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 /// How many messages may wait for an operator who does not read.
@@ -36,8 +36,6 @@ pub struct ConfigApi {
     pub configs: Configs,
     /// The history.
     pub store: Store,
-    /// Cancelled when the gateway is being stopped.
-    pub drain: CancellationToken,
 }
 
 #[tonic::async_trait]
@@ -45,9 +43,9 @@ impl ConfigService for ConfigApi {
     type ConfigureStream = ResponseStream<pb::ConfigureResponse>;
 
     async fn configure(&self, request: Request<Streaming<pb::ConfigureRequest>>) -> Result<Response<Self::ConfigureStream>, Status> {
+        let (api, drain) = (self.clone(), Draining::of(request.extensions()));
         let inbound = request.into_inner();
-        let api = self.clone();
-        let responses = driven(OUTBOUND_MAX, move |outbound| Desk::new(api, outbound).run(inbound));
+        let responses = driven(OUTBOUND_MAX, move |outbound| Desk::new(api, drain, outbound).run(inbound));
         Ok(Response::new(responses.boxed()))
     }
 

@@ -19,6 +19,7 @@ use std::{
     sync::Arc,
 };
 use tokio::sync::broadcast;
+use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
 /// How many devices one desk watches by their ids, counting those that it has set. A few dozen bytes each.
@@ -31,6 +32,7 @@ const DEVICES_PER_READ: usize = 1_000;
 /// See the module.
 pub struct Desk {
     api: ConfigApi,
+    drain: CancellationToken,
     pokes: broadcast::Receiver<DeviceKey>,
     watching: Watching,
     // The last step that was shown of each device: what comes after it is news.
@@ -42,13 +44,13 @@ pub struct Desk {
 
 impl Desk {
     /// One that watches nothing yet.
-    pub fn new(api: ConfigApi, outbound: Outbound<pb::ConfigureResponse>) -> Self {
-        Self { pokes: api.configs.pokes(), api, watching: Watching::default(), shown: HashMap::new(), stays: false, outbound }
+    pub fn new(api: ConfigApi, drain: CancellationToken, outbound: Outbound<pb::ConfigureResponse>) -> Self {
+        Self { pokes: api.configs.pokes(), api, drain, watching: Watching::default(), shown: HashMap::new(), stays: false, outbound }
     }
 
     /// Answers until there is nothing more to say.
     pub async fn run(mut self, mut inbound: Streaming<pb::ConfigureRequest>) -> Result<(), Status> {
-        let drain = self.api.drain.clone();
+        let drain = self.drain.clone();
         let mut open = true;
         // A desk that only sets is done when it has been answered; one that watches stays until the operator leaves.
         while open || self.stays {
@@ -249,7 +251,7 @@ impl Desk {
 
     /// An error when the gateway is being stopped: asked between two devices, of which there may be many.
     fn may_go_on(&self) -> Result<(), Error> {
-        if self.api.drain.is_cancelled() { Err(Error::Draining) } else { Ok(()) }
+        if self.drain.is_cancelled() { Err(Error::Draining) } else { Ok(()) }
     }
 
     async fn send(&self, message: configure_response::Message) {

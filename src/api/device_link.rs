@@ -11,6 +11,7 @@ use crate::{
     error::{Error, Failure, Violations},
     fleet::{Configs, Device, Registry},
     ingest::{Envelope, Ingest, Outcome, Reply},
+    middleware::Draining,
     model::{DeviceId, StreamId, Timestamp, structs},
     pb::{self, connect_request, connect_response, device_link_service_server::DeviceLinkService},
     store::{ConfigOutcome, ConfigReportRow, ConfigStateRow, Store, StoreError},
@@ -36,8 +37,6 @@ pub struct DeviceLinkApi {
     pub configs: Configs,
     /// Where stream ids stand.
     pub store: Store,
-    /// Cancelled when the gateway is being stopped.
-    pub drain: CancellationToken,
     /// How many batches of a call may wait for their commit.
     pub unacknowledged_max: usize,
 }
@@ -47,8 +46,9 @@ impl DeviceLinkService for DeviceLinkApi {
     type ConnectStream = ResponseStream<pb::ConnectResponse>;
 
     async fn connect(&self, request: Request<Streaming<pb::ConnectRequest>>) -> Result<Response<Self::ConnectStream>, Status> {
+        let drain = Draining::of(request.extensions());
         let (api, inbound) = (self.clone(), request.into_inner());
-        let work = move |outbound| async move { Link::run(&api, inbound, &outbound).await };
+        let work = move |outbound| async move { Link::run(&api, drain, inbound, &outbound).await };
         Ok(Response::new(driven(OUTBOUND_MAX, work).boxed()))
     }
 }
@@ -70,17 +70,18 @@ struct Link<'a> {
 impl<'a> Link<'a> {
     async fn run(
         api: &'a DeviceLinkApi,
+        drain: CancellationToken,
         mut inbound: Streaming<pb::ConnectRequest>,
         outbound: &'a Outbound<pb::ConnectResponse>,
     ) -> Result<(), Status> {
         let first = tokio::select! {
             first = inbound.message() => first?,
-            () = api.drain.cancelled() => return Err(Error::Draining.into()),
+            () = drain.cancelled() => return Err(Error::Draining.into()),
         };
         let Some(pb::ConnectRequest { message: Some(connect_request::Message::Hello(hello)) }) = first else {
             return Err(Error::invalid("hello", "the first message of the stream must be a Hello").into());
         };
-        Self::greet(api, hello, outbound).await?.serve(inbound).await
+        Self::greet(api, hello, outbound).await?.serve(drain, inbound).await
     }
 
     async fn greet(api: &'a DeviceLinkApi, hello: pb::Hello, outbound: &'a Outbound<pb::ConnectResponse>) -> Result<Self, Status> {
@@ -111,7 +112,7 @@ impl<'a> Link<'a> {
         Ok(link)
     }
 
-    async fn serve(mut self, mut inbound: Streaming<pb::ConnectRequest>) -> Result<(), Status> {
+    async fn serve(mut self, drain: CancellationToken, mut inbound: Streaming<pb::ConnectRequest>) -> Result<(), Status> {
         let mut pokes = self.device.config_pokes();
         self.send_config().await?;
         let (mut next, mut open) = (None, true);
@@ -130,10 +131,10 @@ impl<'a> Link<'a> {
                 }
                 Some(replies) = self.pending.next() => self.acknowledge(replies).await?,
                 Ok(()) = pokes.changed(), if open => self.send_config().await?,
-                () = self.api.drain.cancelled(), if open => open = false,
+                () = drain.cancelled(), if open => open = false,
             }
         }
-        if self.api.drain.is_cancelled() {
+        if drain.is_cancelled() {
             self.send(connect_response::Message::Draining(pb::Draining {})).await;
         }
         Ok(())

@@ -11,6 +11,7 @@ use futures_util::{FutureExt, StreamExt};
 use prost::Message as _;
 use std::{pin::pin, time::Duration};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
@@ -22,6 +23,7 @@ const TOKEN_PREFIX: &str = "x1";
 /// Begins an export. The work on it is part of the answer, and stands still while the client does not read.
 pub async fn export(
     api: &ReadingApi,
+    drain: CancellationToken,
     mut request: pb::ExportReadingsRequest,
 ) -> Result<ResponseStream<pb::ExportReadingsResponse>, Status> {
     let token = std::mem::take(&mut request.resume_token);
@@ -29,7 +31,6 @@ pub async fn export(
     let (selection, from) = parse(request, &ticket, &token)?;
     let readings = from.as_ref().map_or(0, |place| place.readings);
     let export = api.exporter.begin(selection, from).await?;
-    let drain = api.drain.clone();
     let work = move |outbound| async move {
         let sender = Sender::new(ticket, readings, outbound);
         tokio::select! {

@@ -4,6 +4,7 @@ use super::{ResponseStream, parse};
 use crate::{
     error::{Error, Violations},
     live::{Filter, Follower, Item, Start, follower::Sources},
+    middleware::Draining,
     model::{Position, batch::check_sensor_name},
     pb::{self, follow_request, follow_response, live_service_server::LiveService},
 };
@@ -27,8 +28,9 @@ impl LiveService for LiveApi {
     type FollowStream = ResponseStream<pb::FollowResponse>;
 
     async fn follow(&self, request: Request<pb::FollowRequest>) -> Result<Response<Self::FollowStream>, Status> {
+        let sources = Sources { drain: Draining::of(request.extensions()), ..self.sources.clone() };
         let (filter, start, heartbeat) = parse(request.into_inner())?;
-        let follower = Follower::new(self.sources.clone(), filter, start, heartbeat).await?;
+        let follower = Follower::new(sources, filter, start, heartbeat).await?;
         // Pulled by the connection: a follower that does not read costs nothing but its place.
         let items = stream::unfold(Some(follower), |follower| async move {
             let mut follower = follower?;

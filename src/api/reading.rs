@@ -5,6 +5,7 @@ use crate::{
     error::{Error, Violations},
     fleet::Registry,
     history::{Answer, Bucket, Exporter, Piece, Query, Reader, Series},
+    middleware::Draining,
     model::{
         DeviceId, Timestamp, ValueKind,
         columns::{Values, deltas_from_times},
@@ -14,7 +15,6 @@ use crate::{
 };
 use futures_util::{StreamExt, stream};
 use std::{collections::VecDeque, time::Duration};
-use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 /// How many readings or spans one message holds at the most.
@@ -29,8 +29,6 @@ pub struct ReadingApi {
     pub reader: Reader,
     /// Who exports.
     pub exporter: Exporter,
-    /// Cancelled when the gateway is being stopped.
-    pub drain: CancellationToken,
 }
 
 #[tonic::async_trait]
@@ -49,7 +47,8 @@ impl ReadingService for ReadingApi {
     type ExportReadingsStream = ResponseStream<pb::ExportReadingsResponse>;
 
     async fn export_readings(&self, request: Request<pb::ExportReadingsRequest>) -> Result<Response<Self::ExportReadingsStream>, Status> {
-        Ok(Response::new(export(self, request.into_inner()).await?))
+        let drain = Draining::of(request.extensions());
+        Ok(Response::new(export(self, drain, request.into_inner()).await?))
     }
 }
 

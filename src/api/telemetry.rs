@@ -5,13 +5,13 @@ use crate::{
     error::{Error, Failure, Violations},
     fleet::{Device, Registry},
     ingest::{Envelope, Ingest, Outcome, Reply, Run, SEQUENCE_MAX},
+    middleware::Draining,
     model::{BatchReject, DeviceId, StreamId, batch::RejectReason},
     pb::{self, telemetry_service_server::TelemetryService},
     store::Store,
 };
 use futures_util::{FutureExt, StreamExt, stream::FuturesOrdered};
 use std::{collections::BTreeMap, sync::Arc};
-use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 /// How many rejected batches an answer names one by one.
@@ -25,8 +25,6 @@ pub struct TelemetryApi {
     pub registry: Registry,
     /// Where stream ids stand.
     pub store: Store,
-    /// Cancelled when the gateway is being stopped.
-    pub drain: CancellationToken,
     /// How many batches of a call may wait for their commit.
     pub unacknowledged_max: usize,
 }
@@ -34,10 +32,11 @@ pub struct TelemetryApi {
 #[tonic::async_trait]
 impl TelemetryService for TelemetryApi {
     async fn upload(&self, request: Request<Streaming<pb::UploadRequest>>) -> Result<Response<pb::UploadResponse>, Status> {
+        let drain = Draining::of(request.extensions());
         let mut inbound = request.into_inner();
         let first = tokio::select! {
             first = inbound.message() => first?,
-            () = self.drain.cancelled() => return Err(Error::Draining.into()),
+            () = drain.cancelled() => return Err(Error::Draining.into()),
         };
         let Some(first) = first else {
             return Err(Error::invalid("device", "the call has no message; the first one names the device").into());
@@ -73,7 +72,7 @@ impl TelemetryService for TelemetryApi {
                     replies.into_iter().try_for_each(|reply| upload.take(reply))?;
                 }
                 // What was taken is committed and told; the device goes on elsewhere.
-                () = self.drain.cancelled(), if open => open = false,
+                () = drain.cancelled(), if open => open = false,
             }
         }
         Ok(Response::new(upload.summary.into_response(upload.last)))

@@ -3,9 +3,13 @@
 //! Invariants: at most `grpc.connections_max` connections are open; no error of one connection, and none of the operating
 //! system, ends the listener; when [`Listener::serve`] returns, every connection is closed and no work on a call is left.
 
-use super::io::GrpcIo;
+use super::{
+    guarded_io::{GuardedIo, IoLimits},
+    io::GrpcIo,
+};
 use crate::{
     config::Grpc,
+    middleware::{CallTask, Draining},
     telemetry::{Metrics, names},
     tls::{PeerCertificate, Tls},
 };
@@ -14,12 +18,22 @@ use http::{Request, Response};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use metrics::{Counter, Gauge};
-use std::{convert::Infallible, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    ops::Range,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
-    time,
+    time::{self, Instant},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::server::{Connected, TcpConnectInfo};
@@ -31,8 +45,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(250);
 /// How much of one response may wait to be sent: what a client that reads slowly, or grants a huge window, costs in memory.
 const SEND_BUFFER_BYTES_MAX: usize = 64 << 10;
 
-/// The length of the client connection preface (RFC 9113 section 3.4).
-const PREFACE_BYTES: usize = 24;
+/// By which factor connections become older or less old than the setting says: made all at once, they should not end all at once.
+const AGE_JITTER: Range<f64> = 0.9..1.1;
 
 /// How long the calls of a connection whose client certificate was revoked are given to end well.
 const REVOKED_LINGER: Duration = Duration::from_millis(500);
@@ -52,7 +66,7 @@ pub struct Listener {
     local_addr: SocketAddr,
     connections_max: usize,
     tls: Option<Tls>,
-    server: Server,
+    server: Arc<Server>,
 }
 
 impl Listener {
@@ -60,7 +74,7 @@ impl Listener {
     pub async fn bind(config: &Grpc, metrics: &Metrics) -> io::Result<Self> {
         let socket = TcpListener::bind(config.listen).await?;
         let local_addr = socket.local_addr()?;
-        Ok(Self { socket, local_addr, connections_max: config.connections_max, tls: None, server: Server::new(config, metrics) })
+        Ok(Self { socket, local_addr, connections_max: config.connections_max, tls: None, server: Arc::new(Server::new(config, metrics)) })
     }
 
     /// The same that speaks TLS, when there is any to speak.
@@ -109,13 +123,34 @@ struct ListenerMetrics {
     accepted: Counter,
     accept_errors: Counter,
     open: Gauge,
+    no_preface: Counter,
+    idle: Counter,
+    old: Counter,
+    unread_calls: Counter,
 }
 
-/// How a connection is served.
-#[derive(Clone)]
+impl ListenerMetrics {
+    fn new(metrics: &Metrics) -> Self {
+        Self {
+            accepted: metrics.counter(names::GRPC_CONNECTIONS, &[]),
+            accept_errors: metrics.counter(names::GRPC_ACCEPT_ERRORS, &[]),
+            open: metrics.gauge(names::GRPC_CONNECTIONS_OPEN, &[]),
+            no_preface: ended(metrics, "preface"),
+            idle: ended(metrics, "idle"),
+            old: ended(metrics, "age"),
+            unread_calls: metrics.counter(names::GRPC_REQUESTS_UNREAD, &[]),
+        }
+    }
+}
+
+fn ended(metrics: &Metrics, reason: &'static str) -> Counter {
+    metrics.counter(names::GRPC_CONNECTIONS_ENDED, &[("reason", reason.into())])
+}
+
+/// How connections are served.
 struct Server {
-    http: http2::Builder<Tasks>,
-    preface_timeout: Duration,
+    config: Grpc,
+    io_limits: IoLimits,
     metrics: ListenerMetrics,
     /// Connections, and the calls on them.
     tasks: TaskTracker,
@@ -123,23 +158,13 @@ struct Server {
 
 impl Server {
     fn new(config: &Grpc, metrics: &Metrics) -> Self {
-        let tasks = TaskTracker::new();
-        let mut http = http2::Builder::new(Tasks(tasks.clone()));
-        // The limits on reset streams (CVE-2023-44487, CVE-2025-8671) are left at hyper's defaults.
-        http.timer(TokioTimer::new())
-            .initial_stream_window_size(config.stream_window_bytes)
-            .initial_connection_window_size(config.connection_window_bytes)
-            .max_concurrent_streams(config.streams_per_connection_max)
-            .max_send_buf_size(SEND_BUFFER_BYTES_MAX)
-            .max_header_list_size(config.header_bytes_max)
-            .keep_alive_interval(config.keepalive_interval)
-            .keep_alive_timeout(config.keepalive_timeout);
-        let metrics = ListenerMetrics {
-            accepted: metrics.counter(names::GRPC_CONNECTIONS, &[]),
-            accept_errors: metrics.counter(names::GRPC_ACCEPT_ERRORS, &[]),
-            open: metrics.gauge(names::GRPC_CONNECTIONS_OPEN, &[]),
+        let io_limits = IoLimits {
+            control_frames_per_second_max: config.control_frames_per_second_max,
+            unread_timeout: config.unread_timeout,
+            flooding: ended(metrics, "flood"),
+            unread: ended(metrics, "unread"),
         };
-        Self { http, preface_timeout: config.keepalive_timeout, metrics, tasks }
+        Self { config: config.clone(), io_limits, metrics: ListenerMetrics::new(metrics), tasks: TaskTracker::new() }
     }
 
     /// The next connection, as soon as one more may be open: until then it waits in the listen queue.
@@ -159,7 +184,7 @@ impl Server {
         }
     }
 
-    async fn serve<S, B>(self, stream: TcpStream, tls: Option<Tls>, service: S, stop: Stop) -> Result<(), BoxError>
+    async fn serve<S, B>(self: Arc<Self>, stream: TcpStream, tls: Option<Tls>, service: S, stop: Stop) -> Result<(), BoxError>
     where
         S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
         S::Future: Send + 'static,
@@ -172,21 +197,28 @@ impl Server {
         // Who has not even begun has no calls that could be waited for.
         let Some(secured) = stop.drain.run_until_cancelled(Secured::new(stream, tls)).await else { return Ok(()) };
         let Secured { io, peer } = secured?;
-        let Some(opened) = stop.drain.run_until_cancelled(time::timeout(self.preface_timeout, preface(io))).await else {
-            return Ok(());
-        };
+        let begun = time::timeout(self.config.keepalive_timeout, GuardedIo::accept(io, self.io_limits.clone()));
+        let Some(begun) = stop.drain.run_until_cancelled(begun).await else { return Ok(()) };
+        let io = begun.inspect_err(|_| self.metrics.no_preface.increment(1))??;
         let revoked = peer.as_ref().map(|peer| peer.revoked.clone()).unwrap_or_default();
-        let service = service_fn(move |mut request: Request<Incoming>| {
-            request.extensions_mut().insert(info.clone());
-            if let Some(peer) = &peer {
-                request.extensions_mut().insert(peer.clone());
+        let draining = stop.drain.child_token();
+        let service = service_fn({
+            let draining = Draining(draining.clone());
+            move |mut request: Request<Incoming>| {
+                request.extensions_mut().insert(info.clone());
+                request.extensions_mut().insert(draining.clone());
+                if let Some(peer) = &peer {
+                    request.extensions_mut().insert(peer.clone());
+                }
+                service.clone().oneshot(request)
             }
-            service.clone().oneshot(request)
         });
-        let mut connection = pin!(self.http.serve_connection(TokioIo::new(opened??), service));
+        let calls = Arc::new(Calls::default());
+        let mut connection = pin!(self.http(&calls).serve_connection(TokioIo::new(io), service));
         tokio::select! {
             ended = connection.as_mut() => return Ok(ended?),
-            () = stop.drain.cancelled() => {}
+            () = draining.cancelled() => {}
+            () = self.served_its_time(&calls) => draining.cancel(),
             () = revoked.cancelled() => {}
         }
         connection.as_mut().graceful_shutdown();
@@ -194,6 +226,42 @@ impl Server {
             ended = connection => Ok(ended?),
             () = stop.cut.cancelled() => Ok(()),
             () = async { revoked.cancelled().await; time::sleep(REVOKED_LINGER).await } => Ok(()),
+            // At a stop of the whole gateway that decides alone.
+            () = time::sleep(self.config.connection_age_grace), if !stop.drain.is_cancelled() => Ok(()),
+        }
+    }
+
+    fn http(&self, calls: &Arc<Calls>) -> http2::Builder<CallSpawner> {
+        let Grpc { unread_timeout, keepalive_interval, keepalive_timeout, .. } = self.config;
+        let spawner =
+            CallSpawner { tasks: self.tasks.clone(), calls: calls.clone(), unread_timeout, unread: self.metrics.unread_calls.clone() };
+        let mut http = http2::Builder::new(spawner);
+        // The limits on reset streams (CVE-2023-44487, CVE-2025-8671) are left at hyper's defaults.
+        http.timer(TokioTimer::new())
+            .initial_stream_window_size(self.config.stream_window_bytes)
+            .initial_connection_window_size(self.config.connection_window_bytes)
+            .max_concurrent_streams(self.config.streams_per_connection_max)
+            .max_send_buf_size(SEND_BUFFER_BYTES_MAX)
+            .max_header_list_size(self.config.header_bytes_max)
+            .keep_alive_interval(keepalive_interval)
+            .keep_alive_timeout(keepalive_timeout);
+        http
+    }
+
+    /// Waits until a connection is old, or has had no call for long.
+    async fn served_its_time(&self, calls: &Calls) {
+        let Grpc { idle_timeout, connection_age_max, .. } = self.config;
+        let old_at = (!connection_age_max.is_zero()).then(|| Instant::now() + connection_age_max.mul_f64(rand::random_range(AGE_JITTER)));
+        loop {
+            let begun = calls.begun.load(Relaxed);
+            let look_at = Instant::now() + idle_timeout;
+            time::sleep_until(old_at.map_or(look_at, |old_at| old_at.min(look_at))).await;
+            if old_at.is_some_and(|old_at| old_at <= Instant::now()) {
+                return self.metrics.old.increment(1);
+            }
+            if calls.open.load(Relaxed) == 0 && calls.begun.load(Relaxed) == begun {
+                return self.metrics.idle.increment(1);
+            }
         }
     }
 }
@@ -212,27 +280,50 @@ impl Secured {
     }
 }
 
-/// Waits for the client connection preface, and puts it back in front of what follows.
-///
-/// hyper's keepalive begins behind the preface: without a limit here, whoever connects and says nothing keeps a place forever.
-async fn preface<T: AsyncRead + AsyncWrite>(stream: T) -> io::Result<impl AsyncRead + AsyncWrite + Unpin> {
-    let (mut read, write) = tokio::io::split(stream);
-    let mut preface = [0; PREFACE_BYTES];
-    read.read_exact(&mut preface).await?;
-    Ok(tokio::io::join(AsyncReadExt::chain(io::Cursor::new(preface), read), write))
+/// The calls on one connection.
+#[derive(Default)]
+struct Calls {
+    begun: AtomicUsize,
+    open: AtomicUsize,
 }
 
 /// Spawns hyper's tasks, one for each call, where they can be waited for.
 #[derive(Clone)]
-struct Tasks(TaskTracker);
+struct CallSpawner {
+    tasks: TaskTracker,
+    calls: Arc<Calls>,
+    unread_timeout: Duration,
+    unread: Counter,
+}
 
-impl<F> hyper::rt::Executor<F> for Tasks
+impl<F> hyper::rt::Executor<F> for CallSpawner
 where
-    F: Future + Send + 'static,
-    F::Output: Send + 'static,
+    F: Future<Output = ()> + Send + 'static,
 {
-    fn execute(&self, task: F) {
-        self.0.spawn(task);
+    fn execute(&self, serving: F) {
+        self.calls.begun.fetch_add(1, Relaxed);
+        let open = OpenCall::new(self.calls.clone());
+        let call = CallTask::new(serving, self.unread_timeout, self.unread.clone());
+        self.tasks.spawn(async move {
+            let _open = open;
+            call.await;
+        });
+    }
+}
+
+/// Counts a call as open until it is dropped.
+struct OpenCall(Arc<Calls>);
+
+impl OpenCall {
+    fn new(calls: Arc<Calls>) -> Self {
+        calls.open.fetch_add(1, Relaxed);
+        Self(calls)
+    }
+}
+
+impl Drop for OpenCall {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Relaxed);
     }
 }
 

@@ -116,3 +116,59 @@ async fn one_connection_carries_many_calls_at_once() {
     let messages: usize = streams.buffer_unordered(100).fold(0, async |sum, count| sum + count).await;
     assert_eq!((messages, gateway.value("tidegate_grpc_connections_total")), (200, 1.0));
 }
+
+#[tokio::test]
+async fn a_client_that_takes_nothing_loses_its_call_and_keeps_its_connection() {
+    let gateway = Gateway::start(|config| config.unread_timeout = Duration::from_millis(50)).await;
+    let mut client = gateway.live().await;
+    let mut unread = client.follow(follow("large")).await.expect("it begins").into_inner();
+    eventually("the call is ended", || gateway.value("tidegate_grpc_requests_unread_total") == 1.0).await;
+    eventually("its work is dropped", || gateway.services.at_work() == 0).await;
+    // What had been sent before is there, and then the stream is reset.
+    let end = async {
+        loop {
+            match unread.message().await {
+                Ok(Some(_)) => {}
+                end => return end,
+            }
+        }
+    };
+    soon("the end", end).await.expect_err("it was reset");
+    client.follow(follow("")).await.expect("the connection is as good as before");
+    assert_eq!(gateway.value("tidegate_grpc_connections_total"), 1.0);
+}
+
+#[tokio::test]
+async fn a_call_that_waits_for_the_gateway_is_not_taken_for_unread() {
+    let gateway = Gateway::start(|config| config.unread_timeout = Duration::from_millis(1)).await;
+    let mut messages = gateway.live().await.follow(follow("hang")).await.expect("it begins").into_inner();
+    soon("the first message", messages.message()).await.expect("well").expect("a message");
+    tokio::time::timeout(Duration::from_millis(100), messages.message()).await.expect_err("it goes on");
+    assert_eq!((gateway.services.at_work(), gateway.value("tidegate_grpc_requests_unread_total")), (1, 0.0));
+}
+
+#[tokio::test]
+async fn a_connection_without_calls_is_closed_and_one_with_a_silent_call_is_not() {
+    let gateway = Gateway::start(|config| config.idle_timeout = Duration::from_millis(50)).await;
+    let mut messages = gateway.live().await.follow(follow("hang")).await.expect("it begins").into_inner();
+    soon("the first message", messages.message()).await.expect("well").expect("a message");
+    let mut idle = gateway.telemetry().await;
+    idle.get_upload_position(position_of("")).await.expect("it answers");
+    eventually("it is told to go", || gateway.value("tidegate_grpc_connections_ended_total{reason=\"idle\"}") == 1.0).await;
+    eventually("it is closed", || gateway.value("tidegate_grpc_connections_open") == 1.0).await;
+    assert_eq!(gateway.services.at_work(), 1);
+}
+
+#[tokio::test]
+async fn an_old_connection_takes_no_new_calls_and_gives_the_open_ones_time() {
+    let gateway = Gateway::start(|config| {
+        config.connection_age_max = Duration::from_millis(50);
+        config.connection_age_grace = Duration::from_millis(50);
+    })
+    .await;
+    let mut messages = gateway.live().await.follow(follow("hang")).await.expect("it begins").into_inner();
+    soon("the first message", messages.message()).await.expect("well").expect("a message");
+    soon("the end", messages.message()).await.expect_err("the grace period is over, and it hangs on");
+    eventually("its work is dropped", || gateway.services.at_work() == 0).await;
+    assert!(gateway.value("tidegate_grpc_connections_ended_total{reason=\"age\"}") >= 1.0);
+}

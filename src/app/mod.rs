@@ -1,5 +1,7 @@
 //! The gateway as a whole: build, run, drain. The one module that knows all others.
 
+mod frames;
+mod guarded_io;
 mod health;
 mod io;
 pub mod listener;
@@ -228,7 +230,7 @@ impl Gateway {
         // On a thread of its own: among the tasks of all calls it would wait for its turn at each step of a transaction.
         let runtime = Handle::current();
         let mut writing = tokio::task::spawn_blocking(move || runtime.block_on(writer.run()));
-        let service = stack(&config.grpc, &metrics, &calls, &stop.drain, routes);
+        let service = stack(&config.grpc, &metrics, &calls, routes);
         let mut serving = tokio::spawn(listener.serve(service, stop.clone()));
         readiness.set(COMPONENT, Ok(()));
 
@@ -297,22 +299,10 @@ impl Services<'_> {
         let Self { config, ingest, registry, configs, sources, purge } = self;
         let message_bytes_max = config.grpc.message_bytes_max;
         let unacknowledged_max = config.ingest.unacknowledged_batches_max;
-        let (store, drain) = (sources.store.clone(), sources.drain.clone());
-        let telemetry = TelemetryApi {
-            ingest: ingest.clone(),
-            registry: registry.clone(),
-            store: store.clone(),
-            drain: drain.clone(),
-            unacknowledged_max,
-        };
-        let device_link = DeviceLinkApi {
-            ingest,
-            registry: registry.clone(),
-            configs: configs.clone(),
-            store: store.clone(),
-            drain: drain.clone(),
-            unacknowledged_max,
-        };
+        let store = sources.store.clone();
+        let telemetry = TelemetryApi { ingest: ingest.clone(), registry: registry.clone(), store: store.clone(), unacknowledged_max };
+        let device_link =
+            DeviceLinkApi { ingest, registry: registry.clone(), configs: configs.clone(), store: store.clone(), unacknowledged_max };
         let device = DeviceApi {
             registry: registry.clone(),
             store: store.clone(),
@@ -320,10 +310,10 @@ impl Services<'_> {
             purge: purge.clone(),
             sensors_max: config.devices.sensors_max,
         };
-        let config_api = ConfigApi { registry: registry.clone(), configs: configs.clone(), store: store.clone(), drain: drain.clone() };
+        let config_api = ConfigApi { registry: registry.clone(), configs: configs.clone(), store: store.clone() };
         let reader = Reader::new(store.clone(), &config.query);
         let exporter = Exporter::new(store, registry.clone(), reader.clone(), config.export.concurrent_max);
-        let reading = ReadingApi { registry: registry.clone(), reader, exporter, drain };
+        let reading = ReadingApi { registry: registry.clone(), reader, exporter };
 
         macro_rules! service {
             ($module:ident, $server:ident, $api:expr) => {

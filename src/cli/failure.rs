@@ -139,7 +139,8 @@ fn hint(reason: Reason) -> Option<&'static str> {
         | Reason::StoreUnavailable
         | Reason::Overloaded
         | Reason::Draining
-        | Reason::DeadlineExceeded => None,
+        | Reason::DeadlineExceeded
+        | Reason::TooSlow => None,
     }
 }
 

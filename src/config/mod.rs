@@ -63,6 +63,17 @@ pub struct Grpc {
     pub unary_deadline_max: Duration,
     #[serde(with = "duration")]
     pub streaming_deadline_max: Duration,
+    #[serde(with = "duration")]
+    pub message_timeout: Duration,
+    #[serde(with = "duration")]
+    pub unread_timeout: Duration,
+    #[serde(with = "duration")]
+    pub idle_timeout: Duration,
+    #[serde(with = "duration")]
+    pub connection_age_max: Duration,
+    #[serde(with = "duration")]
+    pub connection_age_grace: Duration,
+    pub control_frames_per_second_max: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -201,6 +212,12 @@ impl Default for Config {
                 streaming_calls_max: 20_000,
                 unary_deadline_max: Duration::from_secs(60),
                 streaming_deadline_max: Duration::from_secs(24 * 3600),
+                message_timeout: Duration::from_secs(60),
+                unread_timeout: Duration::from_secs(120),
+                idle_timeout: Duration::from_secs(300),
+                connection_age_max: Duration::ZERO,
+                connection_age_grace: Duration::from_secs(60),
+                control_frames_per_second_max: 1_000,
             },
             tls: Tls {
                 certificate_file: PathBuf::new(),

@@ -176,6 +176,36 @@ pub static SETTINGS: &[Setting] = &[
         "How long a streaming call may last: the deadline where the client sets none, and the most that it may set.",
     ),
     setting(
+        "grpc.message_timeout",
+        seconds(1..=DAY),
+        "How long the first message of a call, and the rest of any that has begun, may take to come in; then, at the latest after twice that, the call ends with TOO_SLOW.",
+    ),
+    setting(
+        "grpc.unread_timeout",
+        seconds(1..=DAY),
+        "How long a client may take nothing of what it is sent; then, at the latest after twice that, its call is reset, or its connection closed when that is what stands still.",
+    ),
+    setting(
+        "grpc.idle_timeout",
+        seconds(1..=365 * DAY),
+        "How long a connection may be without a call, and an upload without a message; then, at the latest after twice that, it is ended. A Connect stream may be silent.",
+    ),
+    setting(
+        "grpc.connection_age_max",
+        seconds(0..=365 * DAY),
+        "How old a connection becomes, give or take a tenth; then its client is told to make a new one, so that load balancers can spread clients anew. 0s: any age.",
+    ),
+    setting(
+        "grpc.connection_age_grace",
+        seconds(1..=DAY),
+        "How long the calls of a connection that is idle or old may take to end; then they are cut off.",
+    ),
+    setting(
+        "grpc.control_frames_per_second_max",
+        Allowed::Count(1..=1_000_000),
+        "How many HTTP/2 frames that carry nothing (PING, SETTINGS, RST_STREAM …) a client may send a second, counted over 10 s, beside those that answer what it is sent; with more its connection ends with ENHANCE_YOUR_CALM.",
+    ),
+    setting(
         "tls.certificate_file",
         Allowed::File,
         "The gateway's certificate and those up to its authority (PEM); empty: gRPC without TLS.",

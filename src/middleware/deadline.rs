@@ -2,9 +2,9 @@
 //!
 //! A client says how long it waits in `grpc-timeout` (gRPC over HTTP/2); the settings bound it, and stand in for it.
 //! While a client does not read, HTTP/2 flow control keeps its response from being asked for more, so that a deadline that
-//! passes then takes effect when the client reads on or its connection ends.
+//! passes then takes effect when the client reads on; that it does is `unread`'s concern.
 
-use super::{method::Method, status};
+use super::{method::Method, status, unread};
 use crate::{config::Grpc, error::Error};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
@@ -176,12 +176,17 @@ impl<B: Body<Data = Bytes>> Body for DeadlineBody<B> {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let mut this = self.project();
         let (Some(inner), Some(sleep)) = (this.inner.as_mut().as_pin_mut(), this.sleep.as_pin_mut()) else { return Poll::Ready(None) };
+        unread::note_asked();
         // The deadline first: a stream that always has more must end, too.
         if sleep.poll(cx).is_ready() {
             this.inner.set(None);
             return Poll::Ready(Some(Ok(status::trailers(Error::DeadlineExceeded(*this.timeout)))));
         }
-        inner.poll_frame(cx)
+        let frame = ready!(inner.poll_frame(cx));
+        if frame.is_some() {
+            unread::note_given();
+        }
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {

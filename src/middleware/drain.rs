@@ -55,17 +55,28 @@ impl CallTracker {
     }
 }
 
-/// Tracks calls and ends foreign streams at a stop; see the module.
+/// Cancelled when a call's connection takes no more calls, as the gateway is being stopped or the connection is old: what could go
+/// on for ever ends then. In the extensions of each request.
+#[derive(Debug, Clone, Default)]
+pub struct Draining(pub CancellationToken);
+
+impl Draining {
+    /// That of a request; of one that came by no connection, one that never is.
+    pub fn of(extensions: &http::Extensions) -> CancellationToken {
+        extensions.get::<Self>().cloned().unwrap_or_default().0
+    }
+}
+
+/// Tracks calls and ends foreign streams; see the module.
 #[derive(Debug, Clone)]
 pub struct DrainLayer {
     calls: CallTracker,
-    drain: CancellationToken,
 }
 
 impl DrainLayer {
-    /// Tracks calls with `calls`; a stop begins with `drain`.
-    pub fn new(calls: CallTracker, drain: CancellationToken) -> Self {
-        Self { calls, drain }
+    /// Tracks calls with `calls`.
+    pub fn new(calls: CallTracker) -> Self {
+        Self { calls }
     }
 }
 
@@ -101,7 +112,7 @@ where
         let Method { family, streaming, .. } = *Method::of(request.uri().path());
         let open = (family != Family::Health).then(|| self.layer.calls.0.token());
         let foreign_stream = streaming && matches!(family, Family::Health | Family::Reflection);
-        let drain = foreign_stream.then(|| self.layer.drain.clone());
+        let drain = foreign_stream.then(|| Draining::of(request.extensions()));
         DrainFuture { inner: self.inner.call(request), open, drain }
     }
 }

@@ -13,6 +13,11 @@ pub struct MessageCounter {
 }
 
 impl MessageCounter {
+    /// Whether a message has begun and is not complete.
+    pub fn is_amid_message(&self) -> bool {
+        self.prefix_bytes > 0
+    }
+
     /// Takes the next bytes, and tells how many messages they complete.
     pub fn feed(&mut self, mut bytes: &[u8]) -> u64 {
         let mut messages = 0;
@@ -68,6 +73,8 @@ mod tests {
                 let mut passed = 0;
                 let complete = lengths.iter().filter(|length| { passed += PREFIX_BYTES + **length; passed <= end }).count();
                 prop_assert_eq!(seen, complete as u64);
+                let complete_bytes: usize = lengths[..complete].iter().map(|length| PREFIX_BYTES + length).sum();
+                prop_assert_eq!(counter.is_amid_message(), complete_bytes < end);
             }
         }
     }

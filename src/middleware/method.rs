@@ -12,6 +12,8 @@ pub struct Method {
     pub name: String,
     /// Whether either side sends a stream.
     pub streaming: bool,
+    /// Whether the client sends a stream and is answered when it has ended.
+    pub answers_at_the_end: bool,
     /// To whom it belongs.
     pub family: Family,
     /// Its place in [`Method::all`].
@@ -53,7 +55,8 @@ struct Methods {
 const UNKNOWN: usize = 0;
 
 static METHODS: LazyLock<Methods> = LazyLock::new(|| {
-    let mut all = vec![Method { name: "unknown".into(), streaming: false, family: Family::Unknown, index: UNKNOWN }];
+    let mut all =
+        vec![Method { name: "unknown".into(), streaming: false, answers_at_the_end: false, family: Family::Unknown, index: UNKNOWN }];
     add(&mut all, Family::Tidegate, pb::DESCRIPTOR_SET);
     add(&mut all, Family::Health, tonic_health::pb::FILE_DESCRIPTOR_SET);
     add(&mut all, Family::Reflection, tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET);
@@ -69,7 +72,8 @@ fn add(all: &mut Vec<Method>, family: Family, descriptors: &[u8]) {
             for method in &service.method {
                 let name = format!("{}.{}/{}", file.package(), service.name(), method.name());
                 let streaming = method.client_streaming() || method.server_streaming();
-                all.push(Method { name, streaming, family, index: all.len() });
+                let answers_at_the_end = method.client_streaming() && !method.server_streaming();
+                all.push(Method { name, streaming, answers_at_the_end, family, index: all.len() });
             }
         }
     }

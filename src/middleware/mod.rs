@@ -9,18 +9,23 @@ pub mod drain;
 mod frames;
 mod method;
 pub mod metrics;
+pub mod pace;
 pub mod panic;
+mod patience;
 pub mod request_id;
 pub mod shed;
 mod stack;
 mod status;
+mod unread;
 
 pub use deadline::Deadline;
-pub use drain::CallTracker;
+pub use drain::{CallTracker, Draining};
 pub use method::{Family, Method};
+pub use patience::Patience;
 pub use request_id::RequestId;
 pub use stack::stack;
 pub use status::code_name;
+pub use unread::CallTask;
 
 #[cfg(test)]
 pub(crate) mod tests;

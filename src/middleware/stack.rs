@@ -4,6 +4,7 @@ use super::{
     deadline::DeadlineLayer,
     drain::{CallTracker, DrainLayer},
     metrics::MetricsLayer,
+    pace::PaceLayer,
     panic::CatchPanicLayer,
     request_id::RequestIdLayer,
     shed::ShedLayer,
@@ -13,16 +14,14 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Body;
 use std::convert::Infallible;
-use tokio_util::sync::CancellationToken;
 use tonic::{Status, service::Routes};
 use tower::{BoxError, Service, ServiceBuilder};
 
-/// Puts all layers around the services. A stop begins with `drain`; `calls` then tells when the work is over.
+/// Puts all layers around the services. At a stop `calls` tells when the work is over.
 pub fn stack<A>(
     config: &Grpc,
     metrics: &Metrics,
     calls: &CallTracker,
-    drain: &CancellationToken,
     routes: Routes,
 ) -> impl Service<
     Request<A>,
@@ -38,7 +37,7 @@ where
 {
     ServiceBuilder::new()
         // Outermost, as an idle gateway is one where all that the others log and count about calls is logged and counted.
-        .layer(DrainLayer::new(calls.clone(), drain.clone()))
+        .layer(DrainLayer::new(calls.clone()))
         // Around all that may log, so that every line has the id; and every answer carries it, also a refusal.
         .layer(RequestIdLayer)
         // Outside of all that answers by itself, so that panics, refusals and passed deadlines are counted as what the client sees.
@@ -48,7 +47,9 @@ where
         // Before all that costs something: a refusal must be cheap when there is too much to do.
         .layer(ShedLayer::new(config, metrics))
         // Authentication goes here: behind the limits, so that guessing is limited, too; before a caller is given anything.
-        // Innermost: what it ends is the handler's work alone.
+        // What it ends is the handler's work alone.
         .layer(DeadlineLayer::new(config))
+        // Innermost: it tells the handler, which ends its call itself, as it does with everything that is wrong with a request.
+        .layer(PaceLayer::new(config))
         .service(routes.prepare())
 }

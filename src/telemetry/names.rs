@@ -74,6 +74,10 @@ pub const GRPC_MESSAGES_SENT: &str = "tidegate_grpc_messages_sent_total";
 pub const GRPC_REQUESTS_SHED: &str = "tidegate_grpc_requests_shed_total";
 /// Connections that are open.
 pub const GRPC_CONNECTIONS_OPEN: &str = "tidegate_grpc_connections_open";
+/// Connections that the gateway ended. `reason`: `flood`, `unread`, `preface`, `idle`, `age`.
+pub const GRPC_CONNECTIONS_ENDED: &str = "tidegate_grpc_connections_ended_total";
+/// Calls reset as their clients did not read.
+pub const GRPC_REQUESTS_UNREAD: &str = "tidegate_grpc_requests_unread_total";
 /// Connections accepted.
 pub const GRPC_CONNECTIONS: &str = "tidegate_grpc_connections_total";
 /// Connections that the operating system could not hand over.
@@ -166,6 +170,20 @@ pub static METRICS: &[Metric] = &[
     ),
     metric(GRPC_CONNECTIONS_OPEN, Kind::Gauge, "connections", &[], "Connections that are open."),
     metric(GRPC_CONNECTIONS, Kind::Counter, "connections", &[], "Connections accepted."),
+    metric(
+        GRPC_CONNECTIONS_ENDED,
+        Kind::Counter,
+        "connections",
+        &["reason"],
+        "Connections that the gateway ended: too many control frames; nothing was taken of what was sent; HTTP/2 was not begun in time; no call for long; its age.",
+    ),
+    metric(
+        GRPC_REQUESTS_UNREAD,
+        Kind::Counter,
+        "requests",
+        &[],
+        "Calls that were reset as their clients took nothing of what they were sent.",
+    ),
     metric(
         GRPC_ACCEPT_ERRORS,
         Kind::Counter,

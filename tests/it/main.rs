@@ -1,7 +1,7 @@
 //! Tests of the whole gateway through its doors: real gateways on free ports, real files, real clients.
 //!
 //! One binary, so that it is linked once.
-#![allow(clippy::print_stderr, reason = "a skipped test says so")]
+#![allow(clippy::print_stderr, reason = "a skipped test says so, and an attack what it came to")]
 
 mod support;
 
@@ -14,6 +14,8 @@ mod devices;
 mod disk_failure;
 mod export;
 mod fleet;
+#[cfg(target_os = "linux")]
+mod floods;
 mod follow;
 mod formats;
 mod gateways;

@@ -10,7 +10,6 @@ use crate::{
 use futures_util::{StreamExt, stream};
 use http::Request;
 use std::time::Duration;
-use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, body::Body};
 use tower::ServiceExt;
 
@@ -73,7 +72,7 @@ async fn handlers_know_their_deadline() {
 #[tokio::test]
 async fn what_the_client_asks_for_is_kept_or_refused() {
     let services = Services::default();
-    let stack = stack(&Config::default().grpc, &Metrics::new(), &CallTracker::new(), &CancellationToken::new(), services.routes().await);
+    let stack = stack(&Config::default().grpc, &Metrics::new(), &CallTracker::new(), services.routes().await);
     let ask = |timeout: &str| {
         // GetUploadPositionRequest { device: "hang" }
         let message = Body::new(http_body_util::Full::from(&b"\0\0\0\0\x06\x0a\x04hang"[..]));

@@ -6,4 +6,5 @@ mod deadline;
 mod drain;
 mod log;
 mod observe;
+mod pace;
 mod shed;

@@ -146,7 +146,7 @@ impl Gateway {
         let (metrics, calls, stop, services) = (Metrics::new(), CallTracker::new(), Stop::default(), Services::default());
         let listener = Listener::bind(&config, &metrics).await.expect("a free port");
         let address = listener.local_addr();
-        let stack = stack(&config, &metrics, &calls, &stop.drain, services.routes().await);
+        let stack = stack(&config, &metrics, &calls, services.routes().await);
         let serving = tokio::spawn(listener.serve(stack, stop.clone()));
         Self { address, metrics, services, calls, stop, serving }
     }

@@ -5,12 +5,15 @@ pub mod client;
 pub mod database;
 #[cfg(target_os = "linux")]
 pub mod disk;
+pub mod h2_raw;
 pub mod load;
 pub mod postgres;
 pub mod process;
 pub mod proxy;
 pub mod random;
 pub mod script;
+#[cfg(target_os = "linux")]
+pub mod siege;
 pub mod streams;
 
 use std::{future::Future, net::SocketAddr, path::Path, sync::Arc, time::Duration};

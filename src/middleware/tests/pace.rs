@@ -1,0 +1,60 @@
+//! Guarantee: a client that owes the rest of a message, the first of its call or the next of its upload is not waited for for ever.
+
+use super::support::{Gateway, Services, eventually, reason, soon};
+use crate::{
+    config::Config,
+    middleware::{CallTracker, stack},
+    pb::UploadRequest,
+    telemetry::Metrics,
+};
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use http::Request;
+use http_body::Frame;
+use http_body_util::StreamBody;
+use std::time::Duration;
+use tonic::{Code, Status, body::Body};
+use tower::ServiceExt;
+
+const SHORT: Duration = Duration::from_millis(50);
+
+fn assert_too_slow(status: &Status) {
+    assert_eq!((status.code(), reason(status).as_str()), (Code::DeadlineExceeded, "TOO_SLOW"), "{status:?}");
+}
+
+#[tokio::test]
+async fn the_first_message_of_a_call_must_come() {
+    let gateway = Gateway::start(|config| config.message_timeout = SHORT).await;
+    let status = soon("the end", gateway.telemetry().await.upload(stream::pending())).await.expect_err("nothing was sent");
+    assert_too_slow(&status);
+    eventually("the handler's work is over", || gateway.services.at_work() == 0).await;
+}
+
+#[tokio::test]
+async fn an_upload_must_go_on_or_end() {
+    let gateway = Gateway::start(|config| config.idle_timeout = SHORT).await;
+    let requests = stream::iter([UploadRequest::default()]).chain(stream::pending());
+    let status = soon("the end", gateway.telemetry().await.upload(requests)).await.expect_err("it does not go on");
+    assert_too_slow(&status);
+    eventually("the handler's work is over", || gateway.services.at_work() == 0).await;
+}
+
+/// A byte now and then is no progress.
+#[tokio::test]
+async fn a_message_that_is_begun_must_be_completed() {
+    let mut config = Config::default().grpc;
+    config.message_timeout = SHORT;
+    let services = Services::default();
+    let stack = stack(&config, &Metrics::new(), &CallTracker::new(), services.routes().await);
+    let drip = stream::unfold(tokio::time::interval(SHORT / 10), |mut ticks| async {
+        ticks.tick().await;
+        Some((Ok::<_, Status>(Frame::data(Bytes::from_static(&[0]))), ticks))
+    });
+    // The first message's length is 2^16.
+    let begin = stream::iter([Ok(Frame::data(Bytes::from_static(&[0, 0, 1, 0, 0])))]);
+    let request = Request::post("/tidegate.v1.TelemetryService/Upload").header("content-type", "application/grpc");
+    let request = request.body(Body::new(StreamBody::new(begin.chain(drip)))).expect("well-formed");
+    let response = soon("the end", stack.oneshot(request)).await.expect("infallible");
+    assert_too_slow(&Status::from_header_map(response.headers()).expect("a refusal"));
+    assert_eq!(services.at_work(), 0);
+}
