@@ -152,6 +152,9 @@ impl Store {
         /// The chunks of a sensor that have readings at or after `start` and before `end`, in the order of time: at most `chunks_max`.
         async fn read_chunks(&self, sensor_key: i64, start: i64, end: i64, chunks_max: usize) -> Result<Vec<Chunk>, StoreError>;
 
+        /// The chunks with these numbers, in no order; those that are gone are left out.
+        async fn chunks(&self, keys: &[i64]) -> Result<Vec<(i64, Chunk)>, StoreError>;
+
         /// How much of the disk the database needs for what is in it.
         async fn used_bytes(&self) -> Result<u64, StoreError>;
 

@@ -7,8 +7,8 @@ macro_rules! row_readers {
             history::chunk::{Chunk, Encoding},
             model::{DeviceId, Labels, Position, Timestamp, ValueKind},
             store::{
-                ChunkSpan, ConfigOutcome, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, Count, DeviceKey, DeviceRow, LogRow, LogSize,
-                SensorRow, StoreError,
+                ConfigOutcome, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, Count, DeviceKey, DeviceRow, LogRow, LogSize, SensorRow,
+                StoreError,
             },
         };
         use bytes::Bytes;
@@ -127,17 +127,6 @@ macro_rules! row_readers {
         pub fn log_size(row: &$row) -> Result<LogSize, StoreError> {
             let (position, receive_time) = (Position(column(row, "position")?), time_column(row, "receive_time")?);
             Ok(LogSize { position, receive_time, bytes: column::<i64>(row, "bytes")?.unsigned_abs() as usize })
-        }
-
-        pub fn chunk_span(row: &$row) -> Result<ChunkSpan, StoreError> {
-            Ok(ChunkSpan {
-                key: column(row, "chunk_id")?,
-                sensor_key: column(row, "sensor_id")?,
-                first_time: column(row, "first_time")?,
-                last_time: column(row, "last_time")?,
-                readings: count_column(row, "readings")? as usize,
-                complete: column(row, "complete")?,
-            })
         }
 
         pub fn chunk(row: &$row) -> Result<Chunk, StoreError> {

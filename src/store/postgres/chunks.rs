@@ -2,14 +2,14 @@
 
 use super::{
     PostgresStore, PostgresTx,
-    rows::{chunk, chunk_span, column},
+    rows::{chunk, column, count_column},
 };
 use crate::{
     history::chunk::Chunk,
     model::Position,
     store::{ChunkSpan, Count, Extent, NewChunk, StoreError},
 };
-use sqlx::postgres::PgBindIterExt;
+use sqlx::postgres::{PgBindIterExt, PgRow};
 
 /// The advisory lock of the one gateway that merges: "tidegate" as a number.
 const UPKEEP_LOCK: i64 = 0x7469_6465_6761_7465;
@@ -123,6 +123,11 @@ impl PostgresStore {
         rows.iter().map(chunk_span).collect()
     }
 
+    pub async fn chunks(&self, keys: &[i64]) -> Result<Vec<(i64, Chunk)>, StoreError> {
+        let rows = sqlx::query("SELECT * FROM chunks WHERE chunk_id = ANY($1)").bind(keys).fetch_all(self.readers()).await?;
+        rows.iter().map(|row| Ok((column(row, "chunk_id")?, chunk(row)?))).collect()
+    }
+
     pub async fn read_chunks(&self, sensor_key: i64, start: i64, end: i64, chunks_max: usize) -> Result<Vec<Chunk>, StoreError> {
         let rows =
             sqlx::query("SELECT * FROM chunks WHERE sensor_id = $1 AND last_time >= $2 AND first_time < $3 ORDER BY last_time LIMIT $4")
@@ -157,4 +162,15 @@ impl PostgresStore {
     pub async fn release_space(&self, _keep_bytes: u64) -> Result<bool, StoreError> {
         Ok(false)
     }
+}
+
+fn chunk_span(row: &PgRow) -> Result<ChunkSpan, StoreError> {
+    Ok(ChunkSpan {
+        key: column(row, "chunk_id")?,
+        sensor_key: column(row, "sensor_id")?,
+        first_time: column(row, "first_time")?,
+        last_time: column(row, "last_time")?,
+        readings: count_column(row, "readings")? as usize,
+        complete: column(row, "complete")?,
+    })
 }

@@ -1,8 +1,8 @@
 //! The chunks: what the log was merged into.
 
 use super::{
-    SqliteStore, SqliteTx, in_statements,
-    rows::{chunk, chunk_span, count_column},
+    Places, ROWS_PER_STATEMENT, SqliteStore, SqliteTx,
+    rows::{chunk, column, count_column},
 };
 use crate::{
     history::chunk::Chunk,
@@ -16,14 +16,15 @@ const RELEASED_PAGES_PER_STEP: u64 = 256;
 
 impl SqliteTx<'_> {
     pub async fn replace_chunks(&mut self, gone: &[i64], new: &[NewChunk]) -> Result<(), StoreError> {
-        for keys in in_statements(gone) {
-            let sql = format!("DELETE FROM chunks WHERE chunk_id IN ({})", vec!["?"; keys.len()].join(", "));
+        for keys in gone.chunks(ROWS_PER_STATEMENT) {
+            let places = Places::of(keys.len(), 1);
+            let sql = format!("DELETE FROM chunks WHERE chunk_id IN ({})", places.list());
             let query = keys.iter().fold(sqlx::query(AssertSqlSafe(sql)), |query, key| query.bind(*key));
-            query.execute(&mut self.connection).await?;
+            places.pad(query).execute(&mut self.connection).await?;
         }
-        let head = "INSERT INTO chunks (sensor_id, first_time, last_time, readings, complete, time_base, time_step, time_unit, time_factor, \
-                    encoding, value_base, value_divisor, points) SELECT * FROM (";
-        let tail = ") WHERE EXISTS (SELECT 1 FROM sensors JOIN devices USING (device_id) WHERE sensor_id = column1)";
+        let head = "chunks (sensor_id, first_time, last_time, readings, complete, time_base, time_step, time_unit, time_factor, \
+                    encoding, value_base, value_divisor, points)";
+        let tail = "AND EXISTS (SELECT 1 FROM sensors JOIN devices USING (device_id) WHERE sensor_id = column1)";
         self.insert_rows(head, 13, tail, new, |query, NewChunk { sensor_key, complete, chunk }| {
             query
                 .bind(*sensor_key)
@@ -92,18 +93,32 @@ impl SqliteStore {
         let wanted: Vec<[i64; 3]> = extents.iter().map(|extent| [extent.sensor_key, extent.first_time, extent.last_time]).collect();
         let wanted = serde_json::to_string(&wanted).expect("integers");
         // All from one index; per sensor one search, as many entries as are behind the last complete chunk, and those further on.
-        let rows = sqlx::query(
-            "SELECT c.chunk_id, c.sensor_id, c.first_time, c.last_time, c.readings, c.complete \
-             FROM json_each(?) w CROSS JOIN chunks c INDEXED BY chunks_by_sensor \
-             WHERE c.sensor_id = w.value ->> 0 AND c.first_time <= w.value ->> 2 AND c.last_time >= coalesce( \
-                 (SELECT f.last_time FROM chunks f INDEXED BY chunks_by_sensor \
-                  WHERE f.sensor_id = w.value ->> 0 AND f.last_time < w.value ->> 1 AND f.complete ORDER BY f.last_time DESC LIMIT 1), \
-                 -9223372036854775808)",
+        // One row a sensor, as each row costs more than its spans.
+        let found: Vec<String> = sqlx::query_scalar(
+            "SELECT (SELECT json_group_array(json_array(c.chunk_id, c.sensor_id, c.first_time, c.last_time, c.readings, c.complete)) \
+                 FROM chunks c INDEXED BY chunks_by_sensor \
+                 WHERE c.sensor_id = w.value ->> 0 AND c.first_time <= w.value ->> 2 AND c.last_time >= coalesce( \
+                     (SELECT f.last_time FROM chunks f INDEXED BY chunks_by_sensor \
+                      WHERE f.sensor_id = w.value ->> 0 AND f.last_time < w.value ->> 1 AND f.complete ORDER BY f.last_time DESC LIMIT 1), \
+                     -9223372036854775808)) \
+             FROM json_each(?) w",
         )
         .bind(wanted)
         .fetch_all(self.readers())
         .await?;
-        rows.iter().map(chunk_span).collect()
+        let mut spans = Vec::new();
+        for of_sensor in &found {
+            let of_sensor: Vec<(i64, i64, i64, i64, usize, u8)> = serde_json::from_str(of_sensor).map_err(damaged)?;
+            spans.extend(of_sensor.into_iter().map(|(key, sensor_key, first_time, last_time, readings, complete)| ChunkSpan {
+                key,
+                sensor_key,
+                first_time,
+                last_time,
+                readings,
+                complete: complete != 0,
+            }));
+        }
+        Ok(spans)
     }
 
     pub async fn read_chunks(&self, sensor_key: i64, start: i64, end: i64, chunks_max: usize) -> Result<Vec<Chunk>, StoreError> {
@@ -115,6 +130,14 @@ impl SqliteStore {
             .fetch_all(self.readers())
             .await?;
         rows.iter().map(chunk).collect()
+    }
+
+    pub async fn chunks(&self, keys: &[i64]) -> Result<Vec<(i64, Chunk)>, StoreError> {
+        let rows = sqlx::query("SELECT * FROM chunks WHERE chunk_id IN (SELECT value FROM json_each(?))")
+            .bind(serde_json::to_string(keys).expect("integers"))
+            .fetch_all(self.readers())
+            .await?;
+        rows.iter().map(|row| Ok((column(row, "chunk_id")?, chunk(row)?))).collect()
     }
 
     pub async fn used_bytes(&self) -> Result<u64, StoreError> {
@@ -142,4 +165,8 @@ impl SqliteStore {
         let row = sqlx::query(sql).fetch_one(self.readers()).await?;
         Ok([count_column(&row, "pages")?, count_column(&row, "free")?, count_column(&row, "bytes")?])
     }
+}
+
+fn damaged(error: serde_json::Error) -> StoreError {
+    StoreError::Damaged(format!("chunks: {error}"))
 }

@@ -29,8 +29,8 @@ impl SqliteStore {
 
     pub async fn save_latest(&self, rows: &[LatestRow], position: Option<Position>) -> Result<(), StoreError> {
         let mut tx = self.begin().await?;
-        let head = "INSERT INTO latest_readings (sensor_id, device_id, time, batch) SELECT * FROM (";
-        let tail = ") WHERE column2 IN (SELECT device_id FROM devices) \
+        let head = "latest_readings (sensor_id, device_id, time, batch)";
+        let tail = "AND column2 IN (SELECT device_id FROM devices) \
                     ON CONFLICT (sensor_id) DO UPDATE SET time = excluded.time, batch = excluded.batch";
         tx.insert_rows(head, 4, tail, rows, |query, row| {
             query.bind(row.sensor_key).bind(row.device.0).bind(row.time.micros()).bind(row.batch.to_vec())

@@ -1,7 +1,7 @@
 //! The log: appending to it, reading it, and what is kept beside it in the same transaction.
 
 use super::{
-    SqliteStore, SqliteTx, in_statements,
+    Places, ROWS_PER_STATEMENT, SqliteStore, SqliteTx,
     rows::{add_count, column, count_column, key_column, log_page, log_size, time_column},
 };
 use crate::{
@@ -46,13 +46,10 @@ impl SqliteTx<'_> {
     }
 
     pub async fn append(&mut self, rows: &[NewLogRow]) -> Result<Position, StoreError> {
-        // The sequence that AUTOINCREMENT keeps: positions are never used again, also when the end of the log was deleted.
-        let last: Option<i64> =
-            sqlx::query_scalar("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetch_optional(&mut self.connection).await?;
-        let first = last.unwrap_or(0) + 1;
+        let first = self.last_position().await? + 1;
+        self.last_position = Some(first - 1 + rows.len() as i64);
         let numbered: Vec<(i64, &NewLogRow)> = (first..).zip(rows).collect();
-        let head =
-            "INSERT INTO log (position, device_id, stream_key, sequence, receive_time, first_time, last_time, readings, batches, batch)";
+        let head = "log (position, device_id, stream_key, sequence, receive_time, first_time, last_time, readings, batches, batch)";
         self.insert_rows(head, 10, "", &numbered, |query, (position, row)| {
             query
                 .bind(*position)
@@ -70,10 +67,19 @@ impl SqliteTx<'_> {
         Ok(Position(first))
     }
 
+    /// The sequence that AUTOINCREMENT keeps: positions are never used again, also when the end of the log was deleted.
+    async fn last_position(&mut self) -> Result<i64, StoreError> {
+        if let Some(last) = self.last_position {
+            return Ok(last);
+        }
+        let query = sqlx::query_scalar("SELECT seq FROM sqlite_sequence WHERE name = 'log'");
+        Ok(query.fetch_optional(&mut self.connection).await?.unwrap_or(0))
+    }
+
     pub async fn advance_streams(&mut self, changes: &[StreamChange]) -> Result<(), StoreError> {
         let mut changed = 0;
-        for chunk in in_statements(changes) {
-            let tuples = vec!["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"; chunk.len()].join(", ");
+        for chunk in changes.chunks(ROWS_PER_STATEMENT) {
+            let places = Places::of(chunk.len(), 10);
             // What a device says it lost is its own word: the sum stays an integer, whatever it says.
             let sql = format!(
                 "UPDATE streams SET last_sequence = new.column3, \
@@ -81,7 +87,8 @@ impl SqliteTx<'_> {
                  duplicate_batches = duplicate_batches + new.column6, duplicate_readings = duplicate_readings + new.column7, \
                  lost_batches = lost_batches + new.column8, \
                  lost_readings = lost_readings + min(new.column9, 9223372036854775807 - lost_readings), receive_time = new.column10 \
-                 FROM (VALUES {tuples}) AS new WHERE streams.stream_key = new.column1 AND streams.last_sequence = new.column2"
+                 FROM (VALUES {}) AS new WHERE streams.stream_key = new.column1 AND streams.last_sequence = new.column2",
+                places.tuples()
             );
             let mut query = sqlx::query(AssertSqlSafe(sql));
             for change in chunk {
@@ -92,14 +99,14 @@ impl SqliteTx<'_> {
                 }
                 query = query.bind(change.receive_micros);
             }
-            changed += query.execute(&mut self.connection).await?.rows_affected();
+            changed += places.pad(query).execute(&mut self.connection).await?.rows_affected();
         }
         let expected = changes.len() as u64;
         if changed == expected { Ok(()) } else { Err(StoreError::StreamConflict { changed, expected }) }
     }
 
     pub async fn reject(&mut self, rows: &[NewRejection], kept_max: u32) -> Result<(), StoreError> {
-        let head = "INSERT INTO rejected_batches (device_id, stream_key, sequence, receive_time, reason, field, message, readings, batch)";
+        let head = "rejected_batches (device_id, stream_key, sequence, receive_time, reason, field, message, readings, batch)";
         self.insert_rows(head, 9, "", rows, |query, row| {
             query
                 .bind(row.device.0)

@@ -1,6 +1,7 @@
 //! The embedded store: one SQLite file in WAL mode, one connection that writes, some that read.
 
 pub mod backup;
+mod checkpoint;
 mod chunks;
 mod config;
 mod devices;
@@ -8,6 +9,7 @@ mod latest;
 mod log;
 mod rows;
 
+use self::checkpoint::{Checkpointer, WalWatch};
 use super::{Migrated, StoreError};
 use crate::config::Storage;
 use sqlx::{
@@ -20,8 +22,6 @@ use tokio::sync::{Mutex, MutexGuard};
 
 /// The name of the database file in the data directory.
 const DATABASE_FILE: &str = "tidegate.db";
-/// How much the WAL grows before its pages are moved to the database. Small values make commits wait for moves.
-const WAL_PAGES_BEFORE_CHECKPOINT: &str = "2500";
 /// The page size of new databases, in bytes: each page is written to the WAL by calls of its own, and entries of the log and
 /// chunks are large.
 const PAGE_BYTES: u32 = 16 << 10;
@@ -29,8 +29,8 @@ const PAGE_BYTES: u32 = 16 << 10;
 const WRITER_CACHE_KIB: &str = "-32768";
 /// The same of a connection that reads: what it reads it seldom reads again, and the operating system caches it as well.
 const READER_CACHE_KIB: &str = "-4096";
-/// How many rows one statement inserts: few sizes, so that each is prepared once.
-const ROWS_PER_STATEMENT: [usize; 5] = [512, 128, 32, 8, 1];
+/// How many rows one statement writes at the most.
+const ROWS_PER_STATEMENT: usize = 512;
 
 type SqliteQuery<'q> = Query<'q, sqlx::Sqlite, SqliteArguments>;
 
@@ -42,7 +42,10 @@ pub struct SqliteStore {
 
 struct Shared {
     options: SqliteConnectOptions,
+    // Of the two locks the first is taken first.
+    checkpointer: Mutex<Checkpointer>,
     writer: Mutex<Writer>,
+    wal: WalWatch,
     readers: SqlitePool,
 }
 
@@ -50,6 +53,8 @@ struct Shared {
 struct Writer {
     // None after a failure: the next transaction begins on a new connection, with nothing but what the file holds.
     connection: Option<SqliteConnection>,
+    // Of the log, as its last transaction on this connection left it.
+    last_position: Option<i64>,
     // The lock on the data directory; None once the store is closed.
     lock: Option<File>,
 }
@@ -67,9 +72,11 @@ impl SqliteStore {
             .acquire_timeout(Duration::from_secs(30))
             .connect_with(options.clone().create_if_missing(false).read_only(true).pragma("cache_size", READER_CACHE_KIB))
             .await?;
-        Ok(Self {
-            shared: Arc::new(Shared { options, writer: Mutex::new(Writer { connection: Some(writer), lock: Some(lock) }), readers }),
-        })
+        let (wal, woken) = WalWatch::new(&settings.data_dir);
+        let writer = Mutex::new(Writer { connection: Some(writer), last_position: None, lock: Some(lock) });
+        let shared = Arc::new(Shared { options, checkpointer: Mutex::new(Checkpointer::Open(None)), writer, wal, readers });
+        tokio::spawn(checkpoint::run(Arc::downgrade(&shared), woken));
+        Ok(Self { shared })
     }
 
     pub async fn migrate(settings: &Storage) -> Result<Migrated, StoreError> {
@@ -89,10 +96,13 @@ impl SqliteStore {
         }
         let mut connection = match writer.connection.take() {
             Some(connection) => connection,
-            None => SqliteConnection::connect_with(&self.shared.options).await?,
+            None => {
+                writer.last_position = None;
+                SqliteConnection::connect_with(&self.shared.options).await?
+            }
         };
         sqlx::query("BEGIN IMMEDIATE").execute(&mut connection).await?;
-        Ok(SqliteTx { writer, connection })
+        Ok(SqliteTx { wal: &self.shared.wal, last_position: writer.last_position, writer, connection })
     }
 
     pub async fn probe_write(&self) -> Result<(), StoreError> {
@@ -104,6 +114,9 @@ impl SqliteStore {
     /// Ends all connections, after what is under way, and gives the data directory back.
     pub async fn close(&self) {
         self.shared.readers.close().await;
+        if let Err(error) = self.shared.checkpointer.lock().await.close().await {
+            tracing::warn!(%error, "store.close_failed");
+        }
         let mut writer = self.shared.writer.lock().await;
         if let Some(connection) = writer.connection.take()
             && let Err(error) = connection.close().await
@@ -144,7 +157,7 @@ fn connect_options(settings: &Storage) -> SqliteConnectOptions {
         .synchronous(synchronous)
         .busy_timeout(Duration::from_secs(5))
         .foreign_keys(false)
-        .pragma("wal_autocheckpoint", WAL_PAGES_BEFORE_CHECKPOINT)
+        .pragma("wal_autocheckpoint", checkpoint::PAGES_IN_COMMIT)
         .pragma("cache_size", WRITER_CACHE_KIB)
         .statement_cache_capacity(128)
 }
@@ -171,7 +184,10 @@ fn lock_directory(directory: &Path) -> Result<File, StoreError> {
 
 /// A transaction that writes. Dropped before [`commit`](Self::commit) it leaves nothing.
 pub struct SqliteTx<'a> {
+    wal: &'a WalWatch,
     writer: MutexGuard<'a, Writer>,
+    // Of the log, if that is known.
+    last_position: Option<i64>,
     // Only given back to the writer by a commit or an orderly rollback; after a failure it is closed.
     connection: SqliteConnection,
 }
@@ -189,6 +205,8 @@ impl SqliteTx<'_> {
         tell(committed.is_ok());
         committed?;
         self.writer.connection = Some(self.connection);
+        self.writer.last_position = self.last_position;
+        self.wal.note_commit();
         Ok(())
     }
 
@@ -199,7 +217,8 @@ impl SqliteTx<'_> {
         Ok(())
     }
 
-    /// Runs `INSERT … VALUES` for all rows, some hundred rows a statement. Returns how many rows were changed.
+    /// Inserts all rows that meet `tail`, some hundred rows a statement; `head` names the table and its columns. Returns how many
+    /// rows were changed.
     async fn insert_rows<'q, T>(
         &mut self,
         head: &str,
@@ -209,22 +228,49 @@ impl SqliteTx<'_> {
         bind: impl Fn(SqliteQuery<'q>, &'q T) -> SqliteQuery<'q>,
     ) -> Result<u64, StoreError> {
         let mut changed = 0;
-        for chunk in in_statements(rows) {
-            let tuple = format!("({})", vec!["?"; columns].join(", "));
-            let sql = format!("{head} VALUES {} {tail}", vec![tuple.as_str(); chunk.len()].join(", "));
-            let query = chunk.iter().fold(sqlx::query(AssertSqlSafe(sql)), &bind);
-            changed += query.execute(&mut self.connection).await?.rows_affected();
+        for rows in rows.chunks(ROWS_PER_STATEMENT) {
+            let places = Places::of(rows.len(), columns);
+            let sql = format!("INSERT INTO {head} SELECT * FROM (VALUES {}) WHERE column1 IS NOT NULL {tail}", places.tuples());
+            let query = rows.iter().fold(sqlx::query(AssertSqlSafe(sql)), &bind);
+            changed += places.pad(query).execute(&mut self.connection).await?.rows_affected();
         }
         Ok(changed)
     }
 }
 
-/// `rows` in runs of the [`ROWS_PER_STATEMENT`].
-fn in_statements<T>(mut rows: &[T]) -> impl Iterator<Item = &[T]> {
-    std::iter::from_fn(move || {
-        let size = ROWS_PER_STATEMENT.into_iter().find(|&size| size <= rows.len())?;
-        let (chunk, rest) = rows.split_at(size);
-        rows = rest;
-        Some(chunk)
-    })
+/// The placeholders of a statement that takes some rows: room for a power of two of them, so that there are few statements and
+/// each is prepared once. What is left over is bound to NULL.
+struct Places {
+    rows: usize,
+    room: usize,
+    columns: usize,
+}
+
+impl Places {
+    fn of(rows: usize, columns: usize) -> Self {
+        Self { rows, room: rows.next_power_of_two(), columns }
+    }
+
+    /// `(?, …), …`
+    fn tuples(&self) -> String {
+        let tuple = format!("({}), ", list(self.columns));
+        let mut tuples = tuple.repeat(self.room);
+        tuples.truncate(tuples.len() - ", ".len());
+        tuples
+    }
+
+    /// `?, …`, of rows with one column.
+    fn list(&self) -> String {
+        list(self.room)
+    }
+
+    fn pad<'q>(&self, query: SqliteQuery<'q>) -> SqliteQuery<'q> {
+        (0..(self.room - self.rows) * self.columns).fold(query, |query, _| query.bind(None::<i64>))
+    }
+}
+
+fn list(places: usize) -> String {
+    let mut list = "?, ".repeat(places);
+    list.truncate(list.len() - ", ".len());
+    list
 }
