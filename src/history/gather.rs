@@ -8,7 +8,7 @@ use crate::{
         batch::{DecodedColumn, decode_stored},
         scan::{self, Unusual},
     },
-    store::{DeviceKey, LogRow, StoreError},
+    store::{DeviceKey, LogRow, LogSize, StoreError},
 };
 use std::{collections::HashMap, sync::Arc};
 
@@ -22,6 +22,8 @@ pub struct Gather {
     // Of the frame at hand; kept for its memory.
     times: Vec<i64>,
     bytes: usize,
+    /// The rows that were read.
+    pub rows: Vec<LogSize>,
 }
 
 struct GatheredDevice {
@@ -90,7 +92,8 @@ impl Gather {
 
     /// Takes the readings of rows of known devices.
     pub fn add(&mut self, rows: Vec<LogRow>) -> Result<(), StoreError> {
-        for LogRow { position, device, batch, .. } in rows {
+        for LogRow { position, device, receive_time, batch, .. } in rows {
+            self.rows.push(LogSize { position, receive_time, bytes: batch.len() });
             // Columns that were taken before the reader gave up come twice then; of one time the last is kept, which is the same.
             if self.add_in_place(device, &batch).is_ok() {
                 continue;

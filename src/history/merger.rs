@@ -16,10 +16,12 @@ use super::{
 use crate::{
     fleet::Registry,
     model::{Position, ValueKind, columns::Values},
-    store::{ChunkSpan, Extent, NewChunk, Store, StoreError},
+    store::{ChunkSpan, Extent, LogSize, NewChunk, Store, StoreError},
     telemetry::Metrics,
 };
 use std::{
+    collections::HashMap,
+    iter::Peekable,
     ops::Range,
     time::{Duration, Instant},
 };
@@ -28,15 +30,14 @@ use std::{
 const ROWS_PER_READ: usize = if cfg!(test) { 3 } else { 4_096 };
 const BYTES_PER_READ: usize = 2 << 20;
 /// How many bytes of readings a pass holds, about; buffers that grow take up to twice as much.
-const PASS_BYTES_MAX: usize = if cfg!(test) { 8 << 10 } else { 16 << 20 };
-/// The sensors that are written at once: with the chunks that they fold into one another, they are in memory together.
-const SENSORS_PER_STEP: usize = if cfg!(test) { 2 } else { 128 };
+const PASS_BYTES_MAX: usize = if cfg!(test) { 8 << 10 } else { 32 << 20 };
+/// Of how many sensors the chunks are looked up at once.
+const SENSORS_PER_STEP: usize = if cfg!(test) { 2 } else { 1_024 };
+/// How many readings are decoded and encoded at once, about, those of the chunks that are written anew among them.
+const READINGS_PER_PART: usize = if cfg!(test) { 100 } else { 1 << 17 };
 /// What one transaction writes at the most, about, so that ingest does not wait for long.
 const BYTES_PER_TRANSACTION: usize = 1 << 20;
-const CHUNKS_PER_TRANSACTION: usize = if cfg!(test) { 3 } else { 256 };
-/// How long the work rests for each second that it took, unless there is too much of it: then it takes a third of a core.
-const REST: u32 = 2;
-
+const CHUNKS_PER_TRANSACTION: usize = if cfg!(test) { 3 } else { 512 };
 /// See the [module](self).
 pub struct Merger {
     store: Store,
@@ -45,12 +46,10 @@ pub struct Merger {
 }
 
 /// How fast to go.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Haste {
-    /// Leaving most of the time to others.
-    Paced,
-    /// Without a rest: the backlog is too large.
-    Full,
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Haste {
+    /// How long to rest for each second of work.
+    pub rest: f64,
 }
 
 /// Chunks that wait for their transaction.
@@ -71,8 +70,22 @@ impl Writes {
 struct Work {
     sensor_key: i64,
     kind: ValueKind,
-    old: Vec<Chunk>,
+    /// The chunks.
+    old: Vec<i64>,
     new: Series,
+    /// Of the chunks and the new ones together.
+    readings: usize,
+}
+
+/// What a pass has merged.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Merged {
+    /// Behind which position.
+    pub after: Position,
+    /// Up to which position.
+    pub through: Position,
+    /// The rows, in order.
+    pub rows: Vec<LogSize>,
 }
 
 impl Merger {
@@ -81,32 +94,37 @@ impl Merger {
         Self { store, registry, metrics: HistoryMetrics::new(metrics) }
     }
 
-    /// Does a pass; whether there was anything to merge.
-    pub async fn pass(&self, haste: Haste) -> Result<bool, StoreError> {
+    /// Does a pass; `None` when there was nothing to merge.
+    pub async fn pass(&self, haste: Haste) -> Result<Option<Merged>, StoreError> {
         let mut began = Instant::now();
         let pass_began = began;
         let merged = self.store.merged_position().await?;
-        let (gather, through) = self.gather(merged).await?;
+        let (mut gather, through) = self.gather(merged).await?;
         if through == merged {
-            return Ok(false);
+            return Ok(None);
         }
+        let rows = std::mem::take(&mut gather.rows);
         let mut sensors = aside(move || Ok(gather.into_sensors())).await?.into_iter().peekable();
         let mut writes = Writes::default();
         let mut readings = 0;
         while sensors.peek().is_some() {
             let step: Vec<Gathered> = sensors.by_ref().take(SENSORS_PER_STEP).collect();
-            readings += step.iter().map(|gathered| gathered.readings.len() as u64).sum::<u64>();
-            self.place(step, &mut writes).await?;
-            if writes.is_full() {
-                self.write(std::mem::take(&mut writes), None).await?;
-                rest(haste, &mut began).await;
+            let mut works = self.plan(step).await?.into_iter().peekable();
+            while works.peek().is_some() {
+                let part = take_part(&mut works);
+                readings += part.iter().map(|work| work.new.len() as u64).sum::<u64>();
+                self.place(part, &mut writes).await?;
+                if writes.is_full() {
+                    self.write(std::mem::take(&mut writes), None).await?;
+                    rest(haste, &mut began).await;
+                }
             }
         }
         self.write(writes, Some(through)).await?;
         self.metrics.merged_readings.increment(readings);
         self.metrics.merge_seconds.record(pass_began.elapsed());
         rest(haste, &mut began).await;
-        Ok(true)
+        Ok(Some(Merged { after: merged, through, rows }))
     }
 
     /// Reads the log behind `merged`, and how far.
@@ -130,8 +148,8 @@ impl Merger {
         Ok((gather, through))
     }
 
-    /// Finds out what the new readings of some sensors are written as.
-    async fn place(&self, sensors: Vec<Gathered>, writes: &mut Writes) -> Result<(), StoreError> {
+    /// Finds out in the place of which chunks the new readings of some sensors go.
+    async fn plan(&self, sensors: Vec<Gathered>) -> Result<Vec<Work>, StoreError> {
         let sensors: Vec<Gathered> = sensors.into_iter().filter(|gathered| !gathered.readings.is_empty()).collect();
         let extents: Vec<Extent> = sensors.iter().map(extent).collect();
         let mut spans = self.store.chunks_around(&extents).await?;
@@ -141,19 +159,31 @@ impl Merger {
             let around = &spans[of_sensor(&spans, sensor_key)];
             for rewrite in plan::plan(&readings.times, around) {
                 let replaced = &around[rewrite.chunks];
-                let old = match replaced {
-                    [] => Vec::new(),
-                    [first, .., last] | [first @ last] => {
-                        self.store.read_chunks(sensor_key, first.first_time, last.last_time + 1, replaced.len()).await?
-                    }
-                };
-                writes.gone.extend(replaced.iter().map(|span| span.key));
-                works.push(Work { sensor_key, kind, old, new: readings.slice(rewrite.rows) });
+                let in_them: usize = replaced.iter().map(|span| span.readings).sum();
+                works.push(Work {
+                    sensor_key,
+                    kind,
+                    old: replaced.iter().map(|span| span.key).collect(),
+                    readings: in_them + rewrite.rows.len(),
+                    new: readings.slice(rewrite.rows),
+                });
             }
         }
-        let new = aside(move || works.into_iter().map(Work::chunks).collect::<Result<Vec<_>, _>>()).await?;
-        writes.new.extend(new.into_iter().flatten());
-        writes.bytes = writes.new.iter().map(|new| new.chunk.points.len()).sum();
+        Ok(works)
+    }
+
+    /// Makes the chunks of some works.
+    async fn place(&self, works: Vec<Work>, writes: &mut Writes) -> Result<(), StoreError> {
+        let gone: Vec<i64> = works.iter().flat_map(|work| &work.old).copied().collect();
+        let old = if gone.is_empty() { Vec::new() } else { self.store.chunks(&gone).await? };
+        writes.gone.extend(gone);
+        let new = aside(move || {
+            let old: HashMap<i64, Chunk> = old.into_iter().collect();
+            works.into_iter().map(|work| work.chunks(&old)).collect::<Result<Vec<_>, _>>()
+        });
+        let new: Vec<NewChunk> = new.await?.into_iter().flatten().collect();
+        writes.bytes += new.iter().map(|new| new.chunk.points.len()).sum::<usize>();
+        writes.new.extend(new);
         Ok(())
     }
 
@@ -179,11 +209,23 @@ fn of_sensor(spans: &[ChunkSpan], sensor_key: i64) -> Range<usize> {
     spans.partition_point(|span| span.sensor_key < sensor_key)..spans.partition_point(|span| span.sensor_key <= sensor_key)
 }
 
+/// The next works: as many as have [`READINGS_PER_PART`], but at least one, and no more than one transaction is to write.
+fn take_part(works: &mut Peekable<impl Iterator<Item = Work>>) -> Vec<Work> {
+    let (mut part, mut readings, mut chunks) = (Vec::new(), 0, 0);
+    while let Some(work) = works.next_if(|_| readings < READINGS_PER_PART && chunks < CHUNKS_PER_TRANSACTION) {
+        readings += work.readings;
+        chunks += work.old.len() + 1;
+        part.push(work);
+    }
+    part
+}
+
 impl Work {
-    fn chunks(self) -> Result<Vec<NewChunk>, StoreError> {
-        let Self { sensor_key, kind, old, new } = self;
+    /// What is written, with the chunks that it replaces among `old`.
+    fn chunks(self, old: &HashMap<i64, Chunk>) -> Result<Vec<NewChunk>, StoreError> {
+        let Self { sensor_key, kind, new, .. } = self;
         let mut readings = Series::new(kind);
-        for chunk in &old {
+        for chunk in self.old.iter().filter_map(|key| old.get(key)) {
             readings.append(decoded(chunk, kind, sensor_key)?);
         }
         readings.append(new);
@@ -225,9 +267,10 @@ fn split(readings: &Series) -> Vec<Range<usize>> {
 
 /// Rests after a piece of work that began at `began`; the next one begins now.
 async fn rest(haste: Haste, began: &mut Instant) {
-    match haste {
-        Haste::Paced => tokio::time::sleep(began.elapsed().min(Duration::from_secs(1)) * REST).await,
-        Haste::Full => tokio::task::yield_now().await,
+    let worked = began.elapsed().min(Duration::from_secs(1));
+    match worked.mul_f64(haste.rest) {
+        Duration::ZERO => tokio::task::yield_now().await,
+        rest => tokio::time::sleep(rest).await,
     }
     *began = Instant::now();
 }

@@ -207,8 +207,8 @@ async fn check(steps: Vec<Step>) {
                 let Some(bytes) = last_batch.clone() else { continue };
                 assert!(matches!(running.send(stream, sequence + 2, bytes).await, Outcome::Gap { .. }));
             }
-            Step::Merge => while running.merger.pass(Haste::Full).await.expect("merged") {},
-            Step::CutMerge(polls) => cut_off(polls, running.merger.pass(Haste::Full)).await,
+            Step::Merge => while running.merger.pass(Haste { rest: 0.0 }).await.expect("merged").is_some() {},
+            Step::CutMerge(polls) => cut_off(polls, running.merger.pass(Haste { rest: 0.0 })).await,
             Step::Prune => running.upkeep.prune().await.expect("pruned"),
             Step::Expire(before) => {
                 model.expired = model.expired.max(before);

@@ -1,12 +1,12 @@
 //! The background work on what is stored: merging the log, pruning what of it is merged, deleting what is too old or too much.
 
-use super::merger::{Haste, Merger};
+use super::merger::{Haste, Merged, Merger};
 use crate::{
     config::{Config, History},
     fleet::Registry,
     live::{Latest, Tail},
     model::{Position, Timestamp},
-    store::{Store, StoreError},
+    store::{LogSize, Store, StoreError},
     telemetry::Metrics,
 };
 use std::{
@@ -24,6 +24,10 @@ const SLICE_ROWS: usize = 2_000;
 const ROWS_PER_READ: usize = 10_000;
 /// How many chunks one transaction deletes at the most.
 const CHUNKS_PER_TRANSACTION: usize = 64;
+/// How long merging rests for each second that it works: it takes half a core.
+const REST: f64 = 1.0;
+/// At so many times `history.unmerged_bytes_max` it no longer rests.
+const BACKLOG_RESTLESS: f64 = 4.0;
 /// How much free space the database keeps for what is written next: an eighth of what is used, and at least this.
 const FREE_BYTES_KEPT: u64 = 16 << 20;
 
@@ -37,6 +41,8 @@ pub struct Upkeep {
     replay_window: Duration,
     replay_bytes_max: usize,
     replay: Replay,
+    // Of what came in since the start, how many bytes of batches are merged.
+    merged_bytes: u64,
 }
 
 /// What of the log is merged and still kept.
@@ -60,23 +66,22 @@ impl Upkeep {
         let merger = Merger::new(store.clone(), registry, metrics);
         let (replay_window, replay_bytes_max) = (config.live.replay_window, config.live.replay_bytes_max);
         let (history, replay) = (config.history.clone(), Replay::default());
-        Self { store, latest, tail, merger, history, replay_window, replay_bytes_max, replay }
+        Self { store, latest, tail, merger, history, replay_window, replay_bytes_max, replay, merged_bytes: 0 }
     }
 
     /// Works until `stop`: at each interval, and when enough has come in.
     pub async fn run(mut self, stop: CancellationToken) {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let (mut last_round, mut appended) = (Instant::now(), self.tail.appended_bytes());
+        let mut last_round = Instant::now();
         loop {
             if stop.run_until_cancelled(ticks.tick()).await.is_none() {
                 return;
             }
-            let waiting = self.tail.appended_bytes() - appended;
-            if last_round.elapsed() < self.history.merge_interval && waiting < self.history.unmerged_bytes_max as u64 {
+            if last_round.elapsed() < self.history.merge_interval && self.backlog_bytes() < self.history.unmerged_bytes_max as u64 {
                 continue;
             }
-            (last_round, appended) = (Instant::now(), self.tail.appended_bytes());
+            last_round = Instant::now();
             match stop.run_until_cancelled(self.round()).await {
                 None => return,
                 Some(Ok(())) => {}
@@ -90,22 +95,33 @@ impl Upkeep {
 
     /// Merges all that waits, prunes and deletes.
     pub async fn round(&mut self) -> Result<(), StoreError> {
-        if !self.store.lead_upkeep().await? {
-            return Ok(());
-        }
-        let before = self.tail.appended_bytes();
-        // The first pass has what came before it; from then on there is too much when more comes in than is merged.
-        while self.merger.pass(self.haste(before)).await? {
+        let mut before = self.tail.appended_bytes();
+        if self.store.lead_upkeep().await? {
+            while let Some(Merged { after, through, rows }) = self.merger.pass(self.haste()).await? {
+                self.merged_bytes += rows.iter().map(|row| row.bytes as u64).sum::<u64>();
+                self.replay.extend(&self.store, after).await?;
+                self.replay.add(&rows, through);
+                self.prune().await?;
+                self.show_backlog().await?;
+                before = self.tail.appended_bytes();
+            }
             self.prune().await?;
-            self.show_backlog().await?;
+            self.expire().await?;
         }
-        self.prune().await?;
-        self.expire().await
+        // All that had come in is merged, be it by another gateway.
+        self.merged_bytes = before;
+        Ok(())
     }
 
-    fn haste(&self, before: u64) -> Haste {
-        let came = self.tail.appended_bytes() - before;
-        if came > self.history.unmerged_bytes_max as u64 { Haste::Full } else { Haste::Paced }
+    /// About how many bytes of batches wait to be merged.
+    fn backlog_bytes(&self) -> u64 {
+        self.tail.appended_bytes().saturating_sub(self.merged_bytes)
+    }
+
+    /// The more waits, the shorter the rests.
+    fn haste(&self) -> Haste {
+        let backlog = self.backlog_bytes() as f64 / self.history.unmerged_bytes_max as f64;
+        Haste { rest: REST * ((BACKLOG_RESTLESS - backlog) / (BACKLOG_RESTLESS - 1.0)).clamp(0.0, 1.0) }
     }
 
     async fn show_backlog(&self) -> Result<(), StoreError> {
@@ -165,28 +181,34 @@ impl Upkeep {
 }
 
 impl Replay {
-    /// Notes what is merged since.
+    /// Notes what is merged and was not noted when it was.
     async fn extend(&mut self, store: &Store, merged: Position) -> Result<(), StoreError> {
         while self.through < merged {
             let rows = store.log_sizes(self.through, ROWS_PER_READ).await?;
             let Some(last) = rows.last() else { break };
-            self.through = last.position.min(merged);
-            for row in rows.iter().take_while(|row| row.position <= merged) {
-                self.bytes += row.bytes;
-                match self.slices.back_mut() {
-                    Some(slice) if slice.rows < SLICE_ROWS && slice.bytes < SLICE_BYTES => {
-                        (slice.through, slice.receive_time) = (row.position, row.receive_time);
-                        slice.rows += 1;
-                        slice.bytes += row.bytes;
-                    }
-                    _ => {
-                        let (through, receive_time) = (row.position, row.receive_time);
-                        self.slices.push_back(Slice { through, receive_time, rows: 1, bytes: row.bytes });
-                    }
+            let through = last.position.min(merged);
+            self.add(&rows[..rows.partition_point(|row| row.position <= through)], through);
+        }
+        Ok(())
+    }
+
+    /// Notes that these rows are merged, up to a position.
+    fn add(&mut self, rows: &[LogSize], through: Position) {
+        for row in rows {
+            self.bytes += row.bytes;
+            match self.slices.back_mut() {
+                Some(slice) if slice.rows < SLICE_ROWS && slice.bytes < SLICE_BYTES => {
+                    (slice.through, slice.receive_time) = (row.position, row.receive_time);
+                    slice.rows += 1;
+                    slice.bytes += row.bytes;
+                }
+                _ => {
+                    let (through, receive_time) = (row.position, row.receive_time);
+                    self.slices.push_back(Slice { through, receive_time, rows: 1, bytes: row.bytes });
                 }
             }
         }
-        Ok(())
+        self.through = through;
     }
 
     /// Where the oldest part ends, if it is not to be kept.
