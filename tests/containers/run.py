@@ -1,0 +1,203 @@
+"""Runs the compose stack for real, breaks it, and looks whether a reading was lost or doubled.
+
+    python3 tests/containers/run.py --rounds 10
+"""
+
+import argparse
+import os
+import random
+import sys
+import time
+
+import probes
+from stack import NETWORK, ROOT, Failure, Fleet, Stack, docker_program, eventually
+
+STACK = ("postgres", "gateway", "fleet", "prometheus")
+
+
+def first_start(stack):
+    """From nothing to data that Prometheus sees, and data that is still there after a down and an up."""
+    begin = time.monotonic()
+    stack.compose("up", "-d", "--no-build")
+    stack.all_healthy(*STACK)
+    eventually("Prometheus has scraped the gateway", lambda: stack.value('up{job="tidegate"}') == 1)
+    stack.stores()
+    print(f"all healthy and readings stored after {time.monotonic() - begin:.0f} s")
+
+    stack.compose("stop", "fleet")
+    sql = "SELECT sum(stored_readings) || ' readings in ' || count(*) FROM streams"
+    database = ("exec", "-T", "postgres", "psql", "-U", "tidegate", "-At", "-c", sql)
+    before = stack.compose(*database)
+    stack.compose("down", "--timeout", "40")
+    stack.hasten()
+    stack.compose("up", "-d", "--no-build", "--scale", "fleet=0")
+    stack.all_healthy("postgres", "gateway", "prometheus")
+    after = stack.compose(*database)
+    if before != after or not before.strip():
+        raise Failure(f"there were {before} readings, and are {after}")
+    print(f"still there after down and up: {after.strip()} streams")
+
+
+class Faults:
+    """What goes wrong in the life of containers. Each heals what it broke, and says which of the alerts must have fired."""
+
+    def __init__(self, stack, chance):
+        self.stack, self.chance = stack, chance
+
+    def kill_gateway(self):
+        return self.killed("gateway", {"TidegateGatewayDown", "TidegateNoGateway"})
+
+    def kill_postgres(self):
+        return self.killed("postgres", {"TidegateNotReady"})
+
+    def pause_gateway(self):
+        return self.away("gateway", {"TidegateGatewayDown", "TidegateNoGateway"}, ("pause",), ("unpause",))
+
+    def pause_postgres(self):
+        return self.away("postgres", {"TidegateNotReady"}, ("pause",), ("unpause",))
+
+    def disconnect_gateway(self):
+        back = ("network", "connect", "--alias", "gateway", NETWORK)
+        return self.away("gateway", {"TidegateGatewayDown", "TidegateNoGateway"}, ("network", "disconnect", NETWORK), back)
+
+    def restart_everything(self):
+        self.stack.compose("restart", "--timeout", "40", "postgres", "gateway", "prometheus")
+        return None
+
+    def killed(self, service, alerts):
+        container = self.stack.container(service)
+        self.stack.docker("kill", "-s", "KILL", container)
+        fired = self.wait_for(alerts)
+        self.stack.docker("start", container)
+        return fired
+
+    def away(self, service, alerts, leave, come_back):
+        container, begin = self.stack.container(service), time.monotonic()
+        self.stack.docker(*leave, container)
+        try:
+            fired = self.wait_for(alerts)
+            # Twenty seconds are longer than a ping's timeout, and shorter than a connection's.
+            time.sleep(max(0.0, 20 - (time.monotonic() - begin)))
+        finally:
+            self.stack.docker(*come_back, container)
+        return fired
+
+    def wait_for(self, alerts):
+        return eventually(f"one of {', '.join(sorted(alerts))} fires", lambda: self.stack.firing() & alerts).pop()
+
+
+def faults(stack, rounds, chance):
+    """Every fault, `rounds` times, in an order of chance, under a fleet that never stops sending."""
+    injector = Faults(stack, chance)
+    kinds = [injector.kill_gateway, injector.kill_postgres, injector.disconnect_gateway, injector.restart_everything]
+    todo = kinds * rounds + [chance.choice((injector.pause_gateway, injector.pause_postgres)) for _ in range(rounds)]
+    chance.shuffle(todo)
+    fleet = Fleet(stack, 7, "https://gateway:50051")
+    stack.stores()
+    for fault in todo:
+        # Not a wait for anything: the moment of a fault is chance.
+        time.sleep(chance.uniform(0, 2))
+        begin = time.monotonic()
+        alert = fault()
+        stack.all_healthy("postgres", "gateway", "prometheus")
+        stack.stores()
+        print(f"  {fault.__name__.replace('_', ' ')}: {alert or 'no alert needed'}, stores again after {time.monotonic() - begin:.0f} s", flush=True)
+    found = fleet.verify()
+    told = f"{found['acknowledged']['readings']} readings, {found['reconnects']} reconnects, {found['duplicates']} batches sent twice"
+    print(f"{len(todo)} faults: {told}; none lost, none doubled")
+
+
+def rolling_replacement(stack, rounds):
+    """Both gateways are replaced, one after the other, while devices send through the balancer."""
+    stack.compose("--profile", "balanced", "up", "-d", "--no-build", "--scale", "fleet=0", "--scale", "balanced-fleet=0", "--scale", "gateway=2")
+    stack.all_healthy("gateway", "balancer")
+    fleet = Fleet(stack, 8, "https://balancer:50050")
+    links = 'tidegate_grpc_requests_in_flight{method="tidegate.v1.DeviceLinkService/Connect"}'
+    eventually("both gateways have devices", lambda: stack.value(f"count({links} > 0)") == 2)
+    for _ in range(rounds):
+        for old in stack.containers("gateway"):
+            stack.compose("up", "-d", "--no-build", "--no-deps", "--no-recreate", "--scale", "gateway=3", "gateway")
+            stack.all_healthy("gateway")
+            # SIGTERM, as every orchestrator does it.
+            stack.docker("stop", "--time", "30", old)
+            if stack.state(old)["ExitCode"] != 0:
+                raise Failure(f"a gateway did not end well: {stack.docker('logs', '--tail', '20', old, check=False).stderr}")
+            stack.docker("rm", old)
+            eventually("all devices are linked again", lambda: stack.value(f"sum({links})") == 20)
+    found = fleet.verify()
+    gap = found["longest_ack_gap_ms"] / 1000
+    print(f"{2 * rounds} gateways replaced: {found['acknowledged']['readings']} readings, {found['reconnects']} reconnects, none lost, none doubled, none failed;")
+    print(f"the longest that a device was without an acknowledgement: {gap:.2f} s")
+    if gap >= 5:
+        raise Failure("that is 5 s or more")
+    stack.compose("--profile", "balanced", "up", "-d", "--no-build", "--scale", "fleet=0", "--scale", "balanced-fleet=0", "--scale", "gateway=1")
+
+
+def embedded_database(stack):
+    """The gateway alone, as it is run with nothing but a data volume: readable root, no capability, another user's none."""
+    stack.compose("up", "-d", "--no-build", "sqlite", "sqlite-fleet")
+    stack.all_healthy("sqlite")
+    container = stack.container("sqlite")
+    facts = stack.docker("inspect", "-f", "{{.HostConfig.ReadonlyRootfs}} {{.HostConfig.CapDrop}} {{.Config.User}}", container).strip()
+    if facts != "true [ALL] 65532:65532":
+        raise Failure(f"the gateway is not confined as it should be: {facts}")
+    listed = lambda: stack.docker("exec", container, "tidegate", "device", "list", check=False).stdout.count("sim-1-") == 20
+    eventually("20 devices are registered", listed)
+    print("with SQLite: read-only root, no capabilities, user 65532, 20 devices registered")
+    stack.compose("rm", "-sf", "sqlite", "sqlite-fleet")
+
+
+def build(stack):
+    begin = time.monotonic()
+    stack.compose("build", "gateway", "fleet")
+    print(f"built in {time.monotonic() - begin:.0f} s")
+
+
+def show_sizes(stack):
+    for image in ("tidegate", "tidegate-fleet"):
+        size = int(stack.docker("image", "inspect", "-f", "{{.Size}}", image))
+        print(f"{image}: {size / 1e6:.1f} MB")
+        if size > 30e6:
+            raise Failure(f"{image} is larger than 30 MB")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2, help="how often each fault is injected")
+    parser.add_argument("--no-build", action="store_true", help="use the images that are there")
+    parser.add_argument("--only", nargs="*", help="the parts to run")
+    arguments = parser.parse_args()
+    program = docker_program()
+    if program is None:
+        print("there is no container engine with the compose plugin on this machine: the containers are not tested", file=sys.stderr)
+        return 1 if os.environ.get("CI") else 0
+
+    seed = int(os.environ.get("TIDEGATE_TEST_SEED") or random.randrange(1 << 32))
+    print(f"TIDEGATE_TEST_SEED={seed}")
+    parts = {
+        "first_start": first_start,
+        "probes": probes.run,
+        "faults": lambda stack: faults(stack, arguments.rounds, random.Random(seed)),
+        "rolling_replacement": lambda stack: rolling_replacement(stack, 1),
+        "embedded_database": embedded_database,
+    }
+    with Stack(program) as stack:
+        if not arguments.no_build:
+            build(stack)
+        show_sizes(stack)
+        for name, part in parts.items():
+            if arguments.only and name not in arguments.only and name != "first_start":
+                continue
+            begin = time.monotonic()
+            print(f"* {name.replace('_', ' ')}", flush=True)
+            try:
+                part(stack)
+            except Failure as failure:
+                print(f"FAILED: {name}: {failure}\n{stack.compose('logs', '--tail', '30', check=False).stdout}", file=sys.stderr)
+                return 1
+            print(f"  ({time.monotonic() - begin:.0f} s)", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
