@@ -48,6 +48,7 @@ impl SqliteTx<'_> {
     pub async fn append(&mut self, rows: &[NewLogRow]) -> Result<Position, StoreError> {
         let first = self.last_position().await? + 1;
         self.last_position = Some(first - 1 + rows.len() as i64);
+        self.bytes += rows.iter().map(|row| row.batch.len()).sum::<usize>();
         let numbered: Vec<(i64, &NewLogRow)> = (first..).zip(rows).collect();
         let head = "log (position, device_id, stream_key, sequence, receive_time, first_time, last_time, readings, batches, batch)";
         self.insert_rows(head, 10, "", &numbered, |query, (position, row)| {

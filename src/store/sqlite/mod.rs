@@ -9,7 +9,7 @@ mod latest;
 mod log;
 mod rows;
 
-use self::checkpoint::{Checkpointer, WalWatch};
+use self::checkpoint::{Checkpointer, WalGrowth};
 use super::{Migrated, StoreError};
 use crate::config::Storage;
 use sqlx::{
@@ -45,7 +45,7 @@ struct Shared {
     // Of the two locks the first is taken first.
     checkpointer: Mutex<Checkpointer>,
     writer: Mutex<Writer>,
-    wal: WalWatch,
+    wal: WalGrowth,
     readers: SqlitePool,
 }
 
@@ -72,7 +72,7 @@ impl SqliteStore {
             .acquire_timeout(Duration::from_secs(30))
             .connect_with(options.clone().create_if_missing(false).read_only(true).pragma("cache_size", READER_CACHE_KIB))
             .await?;
-        let (wal, woken) = WalWatch::new(&settings.data_dir);
+        let (wal, woken) = WalGrowth::new();
         let writer = Mutex::new(Writer { connection: Some(writer), last_position: None, lock: Some(lock) });
         let shared = Arc::new(Shared { options, checkpointer: Mutex::new(Checkpointer::Open(None)), writer, wal, readers });
         tokio::spawn(checkpoint::run(Arc::downgrade(&shared), woken));
@@ -102,7 +102,7 @@ impl SqliteStore {
             }
         };
         sqlx::query("BEGIN IMMEDIATE").execute(&mut connection).await?;
-        Ok(SqliteTx { wal: &self.shared.wal, last_position: writer.last_position, writer, connection })
+        Ok(SqliteTx { wal: &self.shared.wal, bytes: 0, last_position: writer.last_position, writer, connection })
     }
 
     pub async fn probe_write(&self) -> Result<(), StoreError> {
@@ -184,7 +184,9 @@ fn lock_directory(directory: &Path) -> Result<File, StoreError> {
 
 /// A transaction that writes. Dropped before [`commit`](Self::commit) it leaves nothing.
 pub struct SqliteTx<'a> {
-    wal: &'a WalWatch,
+    wal: &'a WalGrowth,
+    // Of values that take much room.
+    bytes: usize,
     writer: MutexGuard<'a, Writer>,
     // Of the log, if that is known.
     last_position: Option<i64>,
@@ -206,7 +208,7 @@ impl SqliteTx<'_> {
         committed?;
         self.writer.connection = Some(self.connection);
         self.writer.last_position = self.last_position;
-        self.wal.note_commit();
+        self.wal.add_commit(self.bytes);
         Ok(())
     }
 
