@@ -53,6 +53,7 @@ pub struct Grpc {
     pub connection_window_bytes: u32,
     pub header_bytes_max: u32,
     pub message_bytes_max: usize,
+    pub incoming_bytes_max: usize,
     #[serde(with = "duration")]
     pub keepalive_interval: Duration,
     #[serde(with = "duration")]
@@ -206,6 +207,7 @@ impl Default for Config {
                 connection_window_bytes: 1 << 20,
                 header_bytes_max: 16 << 10,
                 message_bytes_max: MIB + (64 << 10),
+                incoming_bytes_max: 16 * MIB,
                 keepalive_interval: Duration::from_secs(60),
                 keepalive_timeout: Duration::from_secs(20),
                 unary_calls_max: 1_024,
@@ -382,6 +384,9 @@ impl Config {
             if !file.as_os_str().is_empty() && needed.as_os_str().is_empty() {
                 refuse(key, format!("empty while {needed_key} is"));
             }
+        }
+        if self.grpc.message_bytes_max > self.grpc.incoming_bytes_max {
+            refuse("grpc.message_bytes_max", format!("at most grpc.incoming_bytes_max, which is {}", self.grpc.incoming_bytes_max));
         }
         if self.shutdown.notice >= self.shutdown.grace {
             refuse("shutdown.notice", "less than shutdown.grace".into());

@@ -153,6 +153,11 @@ pub static SETTINGS: &[Setting] = &[
         Allowed::Bytes(KIB..=GIB),
         "How large one message may be; a larger one ends its call with OUT_OF_RANGE.",
     ),
+    setting(
+        "grpc.incoming_bytes_max",
+        Allowed::Bytes(64 * KIB..=64 * GIB),
+        "How much memory all messages may take together that have begun to come in, are not complete, and are larger than grpc.stream_window_bytes; further ones wait for room.",
+    ),
     setting("grpc.keepalive_interval", seconds(1..=DAY), "How long a connection may be silent before the gateway pings it."),
     setting("grpc.keepalive_timeout", seconds(1..=DAY), "How long a ping may stay unanswered before the connection is ended."),
     setting(

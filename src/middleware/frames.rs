@@ -10,12 +10,19 @@ pub struct MessageCounter {
     prefix_bytes: usize,
     /// The length in the prefix, as far as it has come; then how much of the message is still to come.
     message_bytes: u32,
+    /// The length of the message that is coming.
+    announced_bytes: u32,
 }
 
 impl MessageCounter {
     /// Whether a message has begun and is not complete.
     pub fn is_amid_message(&self) -> bool {
         self.prefix_bytes > 0
+    }
+
+    /// How long the message is that has begun and is not complete, as its prefix says; 0 when there is none.
+    pub fn announced_bytes(&self) -> u32 {
+        if self.prefix_bytes == PREFIX_BYTES { self.announced_bytes } else { 0 }
     }
 
     /// Takes the next bytes, and tells how many messages they complete.
@@ -27,6 +34,7 @@ impl MessageCounter {
                 // The flag byte, which comes first, is shifted out by the four of the length.
                 self.message_bytes = self.message_bytes << 8 | u32::from(*byte);
                 self.prefix_bytes += 1;
+                self.announced_bytes = self.message_bytes;
                 bytes = rest;
             }
             let here = bytes.len().min(self.message_bytes as usize);

@@ -1,7 +1,10 @@
-//! Ends calls whose client sends too slowly: a message that is begun must be completed, and a call must be used.
+//! Ends calls whose client sends too slowly: a message that is begun must be completed, and a call must be used. Until a message
+//! is complete it takes memory: all large ones together have a bound, and what would go beyond it waits. Those that fit into the
+//! call's flow-control window take no more than any call may, and wait for nobody: who begins many large messages holds up
+//! others that are large, but no device that sends as devices do.
 //!
-//! Only time in which the handler waits for the client counts. A call of which the client knows the end only by its answer may
-//! be silent as long as it likes: keepalive tells whether the client is still there.
+//! Only time in which the handler waits for the client counts. A call of which the client does not wait for the end may be
+//! silent as long as it likes: keepalive tells whether the client is still there.
 
 use super::{frames::MessageCounter, method::Method, patience::Patience};
 use crate::{config::Grpc, error::Error};
@@ -9,27 +12,59 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use std::{
+    ops::RangeInclusive,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::PollSemaphore;
 use tonic::Status;
 use tower::{BoxError, Layer, Service};
+
+/// What room for incomplete messages is given out in.
+const ROOM_BYTES: usize = 1 << 10;
 
 /// A time limit, and the setting that holds it.
 type Limit = (&'static str, Duration);
 
-/// Keeps clients at their pace; see the module.
-#[derive(Debug, Clone, Copy)]
-pub struct PaceLayer {
+#[derive(Debug)]
+struct Limits {
+    /// For the first message, and any that has begun.
     message: Limit,
+    /// Between two messages of an upload.
     idle: Limit,
+    /// Which messages need room: longer than the call's window, and not so long that they are refused.
+    needing_bytes: RangeInclusive<usize>,
+    /// How much room there is in all.
+    room_max: u32,
+    room: Arc<Semaphore>,
 }
+
+impl Limits {
+    /// How much room the message needs that is not complete, if there is one.
+    fn needed(&self, messages: &MessageCounter) -> u32 {
+        let bytes = messages.announced_bytes() as usize;
+        if self.needing_bytes.contains(&bytes) { (bytes.div_ceil(ROOM_BYTES) as u32).min(self.room_max) } else { 0 }
+    }
+}
+
+/// Keeps clients at their pace; see the module.
+#[derive(Debug, Clone)]
+pub struct PaceLayer(Arc<Limits>);
 
 impl PaceLayer {
     /// With the limits of the settings.
     pub fn new(config: &Grpc) -> Self {
-        Self { message: ("grpc.message_timeout", config.message_timeout), idle: ("grpc.idle_timeout", config.idle_timeout) }
+        let room_max = u32::try_from(config.incoming_bytes_max / ROOM_BYTES).unwrap_or(u32::MAX);
+        Self(Arc::new(Limits {
+            message: ("grpc.message_timeout", config.message_timeout),
+            idle: ("grpc.idle_timeout", config.idle_timeout),
+            needing_bytes: config.stream_window_bytes as usize + 1..=config.message_bytes_max,
+            room_max,
+            room: Arc::new(Semaphore::new(room_max as usize)),
+        }))
     }
 }
 
@@ -37,7 +72,7 @@ impl<S> Layer<S> for PaceLayer {
     type Service = PaceService<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        PaceService { inner, limits: *self }
+        PaceService { inner, limits: self.0.clone() }
     }
 }
 
@@ -45,7 +80,7 @@ impl<S> Layer<S> for PaceLayer {
 #[derive(Debug, Clone)]
 pub struct PaceService<S> {
     inner: S,
-    limits: PaceLayer,
+    limits: Arc<Limits>,
 }
 
 impl<S, A, B> Service<Request<A>> for PaceService<S>
@@ -61,12 +96,56 @@ where
     }
 
     fn call(&mut self, request: Request<A>) -> Self::Future {
-        let PaceLayer { message, idle } = self.limits;
-        let between = Method::of(request.uri().path()).answers_at_the_end.then_some(idle);
-        let body =
-            |inner| PacedBody { inner, message, between, messages: MessageCounter::default(), begun: false, patience: Patience::default() };
-        self.inner.call(request.map(body))
+        let is_upload = Method::of(request.uri().path()).answers_at_the_end;
+        let pace = Pace {
+            is_upload,
+            limits: self.limits.clone(),
+            messages: MessageCounter::default(),
+            begun: false,
+            patience: Patience::default(),
+        };
+        self.inner.call(request.map(|inner| PacedBody { inner, pace, room: None, held: None }))
     }
+}
+
+/// How the client of a call is doing.
+struct Pace {
+    limits: Arc<Limits>,
+    /// Whether the client must go on between two messages, too.
+    is_upload: bool,
+    messages: MessageCounter,
+    /// Whether a message has come.
+    begun: bool,
+    patience: Patience,
+}
+
+impl Pace {
+    /// Waits for the client. Ready when that has taken too long.
+    fn poll_too_slow(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
+        let owes_message = !self.begun || self.messages.is_amid_message();
+        let limit = if owes_message { Some(self.limits.message) } else { self.is_upload.then_some(self.limits.idle) };
+        let Some((setting, limit)) = limit else { return Poll::Pending };
+        self.patience.poll_exhausted(limit, cx).map(|()| Error::TooSlow { setting, limit })
+    }
+
+    /// Takes note of what has come; whether it completed a message.
+    fn note(&mut self, data: &[u8]) -> bool {
+        let completed = self.messages.feed(data) > 0;
+        self.begun |= completed;
+        if completed {
+            self.patience.renew()
+        } else {
+            self.patience.renew_if_unattended()
+        }
+        completed
+    }
+}
+
+/// Data that is given on when there is room for the message that it begins.
+struct Held {
+    data: Bytes,
+    needed: u32,
+    room: PollSemaphore,
 }
 
 pin_project_lite::pin_project! {
@@ -74,13 +153,10 @@ pin_project_lite::pin_project! {
     pub struct PacedBody<A> {
         #[pin]
         inner: A,
-        message: Limit,
-        // Between two messages.
-        between: Option<Limit>,
-        messages: MessageCounter,
-        // Whether a message has come.
-        begun: bool,
-        patience: Patience,
+        pace: Pace,
+        // Of the message that is coming.
+        room: Option<OwnedSemaphorePermit>,
+        held: Option<Box<Held>>,
     }
 }
 
@@ -94,25 +170,31 @@ where
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = self.project();
-        let Poll::Ready(frame) = this.inner.poll_frame(cx) else {
-            let owes_message = !*this.begun || this.messages.is_amid_message();
-            let Some((setting, limit)) = (if owes_message { Some(*this.message) } else { *this.between }) else { return Poll::Pending };
-            ready!(this.patience.poll_exhausted(limit, cx));
-            return Poll::Ready(Some(Err(Error::TooSlow { setting, limit }.into())));
-        };
-        let data = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref());
-        match data.is_some_and(|data| this.messages.feed(data) > 0) {
-            true => {
-                *this.begun = true;
-                this.patience.renew();
+        if this.held.is_none() {
+            let Poll::Ready(frame) = this.inner.poll_frame(cx) else {
+                let error = ready!(this.pace.poll_too_slow(cx));
+                return Poll::Ready(Some(Err(error.into())));
+            };
+            let frame = frame.map(|frame| frame.map_err(|error| Status::from_error(error.into())));
+            let Some(data) = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref()) else { return Poll::Ready(frame) };
+            if this.pace.note(data) {
+                *this.room = None;
             }
-            false => this.patience.renew_if_unattended(),
+            let needed = if this.room.is_some() { 0 } else { this.pace.limits.needed(&this.pace.messages) };
+            if needed == 0 {
+                return Poll::Ready(frame);
+            }
+            *this.held = Some(Box::new(Held { data: data.clone(), needed, room: PollSemaphore::new(this.pace.limits.room.clone()) }));
         }
-        Poll::Ready(frame.map(|frame| frame.map_err(|error| Status::from_error(error.into()))))
+        if let Some(held) = this.held.as_mut() {
+            *this.room = ready!(held.room.poll_acquire_many(cx, held.needed));
+            this.pace.patience.renew_if_unattended();
+        }
+        Poll::Ready(this.held.take().map(|held| Ok(Frame::data(held.data))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        self.held.is_none() && self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -31,3 +31,10 @@ async fn every_acknowledgement_of_a_link_is_timed() {
     let readings = outcome["readings"].as_u64().expect("a number");
     assert!((500..=1_000).contains(&readings), "as many as the rate says, and all of them acknowledged: {outcome}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn links_that_lost_their_gateway_all_come_back() {
+    let outcome = bench(&["idle", "--connections=500", "--storm"]).await;
+    assert!(outcome["bytes_per_connection"].as_f64() > Some(0.0), "{outcome}");
+    assert!(outcome["storm"]["all_seconds"].as_f64() >= outcome["storm"]["half_seconds"].as_f64(), "{outcome}");
+}

@@ -28,6 +28,8 @@ mod postgres_failure;
 mod python;
 mod readme;
 mod sizes;
+#[cfg(target_os = "linux")]
+mod slow;
 mod sql;
 mod store_failure;
 mod tls;

@@ -58,3 +58,38 @@ async fn a_message_that_is_begun_must_be_completed() {
     assert_too_slow(&Status::from_header_map(response.headers()).expect("a refusal"));
     assert_eq!(services.at_work(), 0);
 }
+
+/// As many as there is room for take it; the others wait, and take their turn when that is given back.
+#[tokio::test]
+async fn messages_that_are_not_complete_share_a_bound() {
+    let mut config = Config::default().grpc;
+    (config.message_bytes_max, config.incoming_bytes_max) = (64 << 10, 64 << 10);
+    let services = Services::default();
+    let stack = stack(&config, &Metrics::new(), &CallTracker::new(), services.routes().await);
+    let upload = |body| {
+        let request = Request::post("/tidegate.v1.TelemetryService/Upload").header("content-type", "application/grpc");
+        stack.clone().oneshot(request.body(body).expect("well-formed"))
+    };
+    let begun = Bytes::from_static(&[0, 0, 1, 0, 0]);
+    let (rest, pieces) = tokio::sync::mpsc::channel::<Result<Frame<Bytes>, Status>>(4);
+    rest.try_send(Ok(Frame::data(begun))).expect("room");
+    let first = tokio::spawn(upload(Body::new(StreamBody::new(tokio_stream::wrappers::ReceiverStream::new(pieces)))));
+    eventually("the first has come in", || rest.capacity() == 4).await;
+    let whole = Bytes::from_iter([0, 0, 1, 0, 0].into_iter().chain(field_of_64_kib()));
+    let (begin, end) = (whole.slice(..100), whole.slice(100..));
+    let pieces = stream::iter([begin, end].map(|piece| Ok::<_, Status>(Frame::data(piece))));
+    let mut second = tokio::spawn(upload(Body::new(StreamBody::new(pieces))));
+    assert!(tokio::time::timeout(SHORT, &mut second).await.is_err(), "it waits for room");
+    drop(rest);
+    soon("the first ends, as its message never came", first).await.expect("no panic").expect("infallible");
+    let response = soon("the second has its turn", second).await.expect("no panic").expect("infallible");
+    assert_eq!(response.headers().get(Status::GRPC_STATUS), None, "its status is in the trailers, behind a message");
+}
+
+/// An UploadRequest of 2^16 bytes: a field that nobody knows, number 1000.
+fn field_of_64_kib() -> impl Iterator<Item = u8> {
+    let length = (1 << 16) - 5;
+    [0xc2, 0x3e, (length & 0x7f) as u8 | 0x80, (length >> 7 & 0x7f) as u8 | 0x80, (length >> 14) as u8]
+        .into_iter()
+        .chain(std::iter::repeat_n(0, length))
+}

@@ -1,7 +1,8 @@
 //! A gateway that is attacked while a well-behaved client uses it.
 //!
-//! In the ordinary run an attack lasts a moment, and what is asserted are errors, memory and recovery. With `ABUSE_SECONDS=30` it
-//! lasts that long, and the client's p99 is held against the undisturbed one, both measured in turn in the same run.
+//! In the ordinary run an attack lasts a moment, and what is asserted are errors, memory and recovery. With
+//! `TIDEGATE_TEST_ABUSE_SECONDS=30` it lasts that long, and the client's p99 is held against the undisturbed one, both measured in
+//! turn in the same run.
 
 use super::{
     client::{TestDevice, nth_batch},
@@ -62,7 +63,7 @@ impl Siege {
     where
         F: Future<Output = ()>,
     {
-        let seconds = std::env::var("ABUSE_SECONDS").ok().map(|text| text.parse::<u32>().expect("a number of seconds"));
+        let seconds = std::env::var("TIDEGATE_TEST_ABUSE_SECONDS").ok().map(|text| text.parse::<u32>().expect("a number of seconds"));
         let resident_before = resident_bytes(self.gateway.pid());
         self.resident_bytes_max = 0;
         let (rounds, round) = seconds.map_or((1, Duration::from_secs(1)), |seconds| (ROUNDS, Duration::from_secs(seconds.into()) / ROUNDS));
@@ -86,6 +87,12 @@ impl Siege {
         assert!(seconds.is_none() || factor < P99_FACTOR_MAX, "{name}: the p99 grew from {calm:?} to {attacked:?}");
     }
 
+    /// The value of a metric of the gateway.
+    pub async fn metric(&self, series: &str) -> Option<f64> {
+        let (_, text) = http_get(self.gateway.http, "/metrics").await?;
+        metric(&text, series)
+    }
+
     /// On a thread of their own, so that they don't keep the client from being quick.
     fn attackers<F>(&self, on: &Arc<AtomicBool>, attack: impl Fn(SocketAddr) -> F + Send + 'static) -> thread::JoinHandle<()>
     where
@@ -104,7 +111,7 @@ impl Siege {
     }
 
     /// Uploads batch by batch, none of which may fail; the p99 of how long each took.
-    async fn use_for(&mut self, duration: Duration) -> Duration {
+    pub async fn use_for(&mut self, duration: Duration) -> Duration {
         let (began, mut latencies) = (Instant::now(), Vec::new());
         while began.elapsed() < duration {
             self.sequence += 1;

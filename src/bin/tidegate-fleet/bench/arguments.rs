@@ -28,6 +28,8 @@ pub enum Mode {
     Paced(Paced),
     /// One day of one sensor out of many, beside a plain SQLite table.
     Query(Query),
+    /// What open connections cost that say nothing, and how all come back when the gateway was killed.
+    Idle(Idle),
 }
 
 /// What all modes have.
@@ -175,6 +177,18 @@ pub struct Paced {
     pub duration: Duration,
     #[command(flatten)]
     pub fleet: Fleet,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct Idle {
+    /// How many connections, each with a link of its own. Both programs need a file descriptor for each.
+    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=100_000), value_name = "N")]
+    pub connections: u32,
+    /// Kill the gateway and start it again, so that all come back at once.
+    #[arg(long)]
+    pub storm: bool,
     #[command(flatten)]
     pub common: Common,
 }

@@ -9,6 +9,9 @@ use tonic::{Status, Streaming, codec::Codec, transport::Channel};
 use tonic_prost::ProstCodec;
 use tower::{Service, ServiceExt};
 
+/// The path of the always-on devices' call.
+pub const CONNECT: &str = "/tidegate.v1.DeviceLinkService/Connect";
+
 /// A client's connections, each of its own.
 pub async fn connect(endpoint: &str, connections: u32) -> anyhow::Result<Vec<Channel>> {
     let endpoint = tonic::transport::Endpoint::from_shared(endpoint.to_owned())?.tcp_nodelay(true);

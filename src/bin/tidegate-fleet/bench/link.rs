@@ -32,7 +32,6 @@ use tokio::{
 };
 use tonic::{Status, Streaming, transport::Channel};
 
-const CONNECT: &str = "/tidegate.v1.DeviceLinkService/Connect";
 /// How much is written at once.
 const CHUNK_BYTES: usize = 16 << 10;
 /// How many batches a device has in flight when it is to be as fast as it can; the client library's default.
@@ -191,7 +190,7 @@ struct Reader {
 
 impl Reader {
     async fn run(mut self, number: u32, channel: Channel, body: Outgoing) -> anyhow::Result<(u32, u64)> {
-        let mut answers: Streaming<pb::ConnectResponse> = call::call(&channel, CONNECT, body).await?;
+        let mut answers: Streaming<pb::ConnectResponse> = call::call(&channel, call::CONNECT, body).await?;
         while let Some(answer) = answers.message().await? {
             match answer.message {
                 Some(Message::Ack(ack)) if ack.rejected.is_empty() && ack.duplicate_batches == 0 => self.take(ack.last_durable_sequence),

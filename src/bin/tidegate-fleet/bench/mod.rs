@@ -5,6 +5,7 @@
 
 mod arguments;
 mod call;
+mod idle;
 mod latency;
 mod link;
 mod matrix;
@@ -65,6 +66,10 @@ async fn measure(arguments: Bench) -> anyhow::Result<Verdict> {
         Some(Mode::Query(arguments)) => {
             let outcome = query::run(&arguments).await?;
             publish(&arguments.common, "query", &outcome, &outcome.to_markdown())?;
+        }
+        Some(Mode::Idle(arguments)) => {
+            let outcome = idle::run(&arguments).await?;
+            publish(&arguments.common, "idle", &outcome, &outcome.to_markdown())?;
         }
     }
     Ok(Verdict::Good)

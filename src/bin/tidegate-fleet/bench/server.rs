@@ -33,6 +33,8 @@ pub enum Kind {
 pub struct Setup {
     /// What it is.
     pub kind: Kind,
+    /// Where it takes calls; none: on a free port.
+    pub listen: Option<SocketAddr>,
     /// Further flags.
     pub flags: Vec<String>,
     /// A command that it is started under.
@@ -44,7 +46,7 @@ pub struct Setup {
 impl Setup {
     /// A server with the default settings.
     pub fn of(kind: Kind) -> Self {
-        Self { kind, flags: Vec::new(), under: Vec::new(), preload: Vec::new() }
+        Self { kind, listen: None, flags: Vec::new(), under: Vec::new(), preload: Vec::new() }
     }
 }
 
@@ -71,7 +73,8 @@ impl Server {
             }
             None => Command::new(&program),
         };
-        command_line.args([command, "--grpc-listen=127.0.0.1:0", "--http-listen=127.0.0.1:0", "--log-format=json"]);
+        let listen = setup.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)));
+        command_line.args([command, &format!("--grpc-listen={listen}"), "--http-listen=127.0.0.1:0", "--log-format=json"]);
         command_line.arg("--storage-data-dir").arg(data_dir).args(&setup.flags).envs(setup.preload.iter().cloned());
         // Settings of the surroundings are not what is measured.
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("TIDEGATE_")) {
@@ -96,6 +99,11 @@ impl Server {
     /// Where it takes calls.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.grpc)
+    }
+
+    /// Where it listens.
+    pub fn grpc(&self) -> SocketAddr {
+        self.grpc
     }
 
     /// What it has used so far.
