@@ -28,9 +28,12 @@ impl DatabaseUrl {
         &self.0
     }
 
-    /// Whether this may stand in the settings.
+    /// Whether this may stand in the settings. What is shown in place of a password is none: settings that were printed, and
+    /// are used as a file, are refused here rather than by the database.
     pub fn is_allowed(text: &str) -> bool {
-        text.is_empty() || Url::parse(text).is_ok_and(|url| matches!(url.scheme(), "postgres" | "postgresql"))
+        let is_masked =
+            |url: &Url| url.password() == Some(MASK) || url.query_pairs().any(|(key, value)| key == "password" && value == MASK);
+        text.is_empty() || Url::parse(text).is_ok_and(|url| matches!(url.scheme(), "postgres" | "postgresql") && !is_masked(&url))
     }
 }
 
@@ -68,6 +71,16 @@ impl Serialize for DatabaseUrl {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_shown_in_place_of_a_password_is_not_taken_for_one() {
+        for given in ["postgres://tide:s3cret@db:5433/gate?sslmode=require", "postgresql://db/gate?user=tide&password=s3cret"] {
+            assert!(DatabaseUrl::is_allowed(given));
+            assert!(!DatabaseUrl::is_allowed(&DatabaseUrl::new(given).to_string()), "{given}");
+        }
+        assert!(DatabaseUrl::is_allowed("postgres://tide@db/gate") && DatabaseUrl::is_allowed(""));
+        assert!(!DatabaseUrl::is_allowed("mysql://tide@db/gate"));
+    }
 
     #[test]
     fn the_password_is_never_shown() {

@@ -96,7 +96,7 @@ impl fmt::Display for Allowed {
             Self::Flag => f.write_str("true or false"),
             Self::Path => f.write_str("a directory"),
             Self::File => f.write_str("a file, or empty"),
-            Self::DatabaseUrl => f.write_str("postgres://USER:PASSWORD@HOST:PORT/DATABASE, or empty"),
+            Self::DatabaseUrl => f.write_str("postgres://USER:PASSWORD@HOST:PORT/DATABASE, or empty; `***` is not a password"),
             Self::Count(range) => write!(f, "{} to {}", range.start(), range.end()),
             Self::Bytes(range) => write!(f, "{} to {} bytes", range.start(), range.end()),
             Self::Duration(range) => write!(f, "a duration of {:#} to {:#}", friendly(range.start()), friendly(range.end())),

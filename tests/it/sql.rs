@@ -1,13 +1,15 @@
-//! Guarantee: what is stored can be read with nothing but Debian's `sqlite3`, beside the running gateway, as docs/SQL.md says.
+//! Guarantee: what is stored can be read with nothing but Debian's `sqlite3` and `psql`, beside the running gateway, as docs/SQL.md
+//! says.
 
 use crate::support::{
     TestGateway,
     client::{SECOND, T0, TestDevice, column, encode, frame},
     eventually,
+    postgres::{self, PostgresServer},
     script::skipped,
 };
 use std::{path::Path, process::Command};
-use tidegate::{model::columns::Values, pb};
+use tidegate::{config::DatabaseUrl, model::columns::Values, pb};
 
 const PAGE: &str = include_str!("../../docs/SQL.md");
 
@@ -29,7 +31,7 @@ fn batches() -> Vec<pb::Frame> {
     let even = frame(
         T0,
         vec![
-            column("temperature", "Cel", Values::Double(vec![21.5, 21.25, -0.5, 1e300])),
+            column("temperature", "Cel", Values::Double(vec![21.5, 21.25, -0.5, 1e100])),
             column("starts", "", Values::Int64(vec![9_007_199_254_740_993, -1, 0, i64::MAX])),
             column("running", "", Values::Bool(vec![true, false, true, true])),
             column("state", "", Values::Text(vec!["idle".into(), "it's \"on\"".into(), "ü".into(), String::new()])),
@@ -40,7 +42,7 @@ fn batches() -> Vec<pb::Frame> {
         time_deltas_us: vec![SECOND + 7, SECOND, SECOND - 9],
         columns: vec![
             column("pressure", "Pa", Values::Double(vec![100_000.25, 100_000.5, 100_000.75, 100_001.0])),
-            column("noise", "", Values::Double(vec![0.1 + 0.2, 1e-9, 2.5, 1e300])),
+            column("noise", "", Values::Double(vec![0.1 + 0.2, 1e-9, 2.5, 1e100])),
             column("note", "", Values::Text(vec!["a".into(), "b".into(), "c".into(), "d".into()])),
         ],
     };
@@ -63,7 +65,7 @@ async fn sqlite3_reads_every_kind_of_values_and_the_pages_examples() {
         sqlite3(gateway.data_dir(), &sql).expect("sqlite3 runs").lines().map(str::to_owned).collect::<Vec<_>>()
     };
     let even = |row: &str, value: &str| format!("2026-01-01T00:00:0{row}Z|{value}");
-    let temperatures = [("0.000000", "21.5|"), ("1.000000", "21.25|"), ("2.000000", "-0.5|"), ("3.000000", "1.0e+300|")];
+    let temperatures = [("0.000000", "21.5|"), ("1.000000", "21.25|"), ("2.000000", "-0.5|"), ("3.000000", "1.0e+100|")];
     assert_eq!(rows("temperature"), temperatures.map(|(time, value)| even(time, value)));
     let starts = ["9007199254740993|", "-1|", "0|", "9223372036854775807|"];
     assert_eq!(rows("starts").iter().map(|row| &row[28..]).collect::<Vec<_>>(), starts);
@@ -71,7 +73,7 @@ async fn sqlite3_reads_every_kind_of_values_and_the_pages_examples() {
     assert_eq!(rows("state").iter().map(|row| &row[28..]).collect::<Vec<_>>(), ["|idle", "|it's \"on\"", "|ü", "|"]);
     let pressures = [("0.000000", "100000.25|"), ("1.000007", "100000.5|"), ("2.000007", "100000.75|"), ("2.999998", "100001.0|")];
     assert_eq!(rows("pressure"), pressures.map(|(time, value)| even(time, value)));
-    assert_eq!(rows("noise").iter().map(|row| &row[28..]).collect::<Vec<_>>(), ["0.3|", "1.0e-09|", "2.5|", "1.0e+300|"]);
+    assert_eq!(rows("noise").iter().map(|row| &row[28..]).collect::<Vec<_>>(), ["0.3|", "1.0e-09|", "2.5|", "1.0e+100|"]);
     assert_eq!(rows("note").iter().map(|row| &row[28..]).collect::<Vec<_>>(), ["|a", "|b", "|c", "|d"]);
 
     let examples = examples("sql sqlite");
@@ -81,4 +83,49 @@ async fn sqlite3_reads_every_kind_of_values_and_the_pages_examples() {
         assert!(!answer.trim().is_empty(), "finds something: {example}");
     }
     gateway.stop().await;
+}
+
+// The client is waited for where the gateway runs: it needs a thread of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn psql_reads_every_kind_of_values_and_the_pages_examples() {
+    if !postgres::is_there() {
+        return;
+    }
+    let server = PostgresServer::shared();
+    let url = server.database();
+    let database = url.rsplit('/').next().expect("it has a name").to_owned();
+    let gateway = TestGateway::start_with(|config| {
+        config.storage.url = DatabaseUrl::new(url);
+        config.history.unmerged_bytes_max = 1;
+    })
+    .await;
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    device.upload([(1, encode(batches()))]).await.expect("accepted");
+    let psql = |sql: &str| server.psql(&database, sql);
+    let count = || async { psql("SELECT count(*) FROM readings").filter(|count| count.trim() == "28") };
+    eventually("all is merged", count).await;
+
+    let rows = |sensor: &str| {
+        let sql = format!("SELECT time_us, value, text FROM readings WHERE device = 'pump-1' AND sensor = '{sensor}' ORDER BY time_us");
+        psql(&sql).expect("it is SQL").lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let at = |times: [i64; 4], values: [&str; 4]| -> Vec<String> {
+        times.iter().zip(values).map(|(time, value)| format!("{}|{value}", T0 + time)).collect()
+    };
+    let even = [0, SECOND, 2 * SECOND, 3 * SECOND];
+    let uneven = [0, SECOND + 7, 2 * SECOND + 7, 3 * SECOND - 2];
+    assert_eq!(rows("temperature"), at(even, ["21.5|", "21.25|", "-0.5|", "1e+100|"]));
+    assert_eq!(rows("running"), at(even, ["1|", "0|", "1|", "1|"]));
+    assert_eq!(rows("state"), at(even, ["|idle", "|it's \"on\"", "|ü", "|"]));
+    assert_eq!(rows("pressure"), at(uneven, ["100000.25|", "100000.5|", "100000.75|", "100001|"]));
+    assert_eq!(rows("noise"), at(uneven, ["0.30000000000000004|", "1e-09|", "2.5|", "1e+100|"]));
+    assert_eq!(rows("note"), at(uneven, ["|a", "|b", "|c", "|d"]));
+
+    let examples = examples("sql psql");
+    assert!(examples.len() >= 3, "docs/SQL.md has examples");
+    for example in examples {
+        let answer = psql(&example).unwrap_or_else(|| panic!("it is SQL: {example}"));
+        assert!(!answer.trim().is_empty(), "finds something: {example}");
+    }
+    assert!(gateway.stop().await);
 }
