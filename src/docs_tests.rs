@@ -5,6 +5,7 @@ use crate::{
     error::Reason,
     model::batch::reason_name,
     pb,
+    telemetry::Metric,
 };
 use prost::Message;
 use std::collections::BTreeSet;
@@ -117,4 +118,36 @@ fn the_page_of_settings_has_the_table_of_all_settings() {
     assert!(SETTINGS_PAGE.contains(&table), "docs/SETTINGS.md must have this table:\n{table}");
     let rows = SETTINGS_PAGE.lines().filter(|line| line.starts_with("| `")).count();
     assert_eq!(rows, SETTINGS.len(), "docs/SETTINGS.md has rows that are no settings");
+}
+
+const OPERATIONS: &str = include_str!("../docs/OPERATIONS.md");
+const RULES: &str = include_str!("../deploy/prometheus/rules.yml");
+const DASHBOARDS: [&str; 2] =
+    [include_str!("../deploy/grafana/dashboards/gateway.json"), include_str!("../deploy/grafana/dashboards/readings.json")];
+
+#[test]
+fn the_page_of_operations_has_every_alert_and_no_other() {
+    let alerts = RULES.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).map(str::to_owned).collect();
+    assert_eq!(headings(OPERATIONS), alerts);
+}
+
+/// The names of metrics in a text, without what a histogram's series have behind it.
+fn metric_names(text: &str) -> BTreeSet<&str> {
+    let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != ':');
+    let names = words.filter(|word| (word.starts_with("tidegate_") || word.starts_with("process_")) && !word.contains(':'));
+    names.map(|name| ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix)).unwrap_or(name)).collect()
+}
+
+#[test]
+fn rules_and_dashboards_name_metrics_that_there_are() {
+    let mut named = metric_names(RULES);
+    for dashboard in DASHBOARDS {
+        let dashboard: serde_json::Value = serde_json::from_str(dashboard).expect("JSON");
+        assert!(dashboard["panels"].as_array().is_some_and(|panels| !panels.is_empty()));
+    }
+    named.extend(metric_names(DASHBOARDS[0]));
+    assert!(named.len() > 20, "{named:?}");
+    for name in named {
+        assert!(Metric::named(name).is_some(), "{name} is no metric");
+    }
 }

@@ -7,6 +7,7 @@ mod io;
 pub mod listener;
 mod peers;
 pub mod signals;
+mod space;
 
 use crate::{
     api::{ConfigApi, DeviceApi, DeviceLinkApi, LiveApi, ReadingApi, TelemetryApi},
@@ -219,6 +220,7 @@ impl Gateway {
         if let Some(tls) = tls {
             tasks.spawn(tls.watch(reload, background.clone()));
         }
+        tasks.spawn(space::watch(store.clone(), config.storage.clone(), metrics.clone(), background.clone()));
         let http_stop = background.clone();
         let (http_metrics, http_readiness) = (metrics.clone(), readiness.clone());
         tasks.spawn(async move {

@@ -158,6 +158,9 @@ impl Store {
         /// How much of the disk the database needs for what is in it.
         async fn used_bytes(&self) -> Result<u64, StoreError>;
 
+        /// How much of the disk the database takes up, with what is free in it.
+        async fn file_bytes(&self) -> Result<u64, StoreError>;
+
         /// Gives some of what deleting left free back to the file system, but `keep_bytes` of it; whether there is more to give.
         async fn release_space(&self, keep_bytes: u64) -> Result<bool, StoreError>;
 

@@ -11,6 +11,7 @@ mod readiness;
 pub use names::{Kind, METRICS, Metric};
 pub use readiness::{Readiness, ReadinessState};
 
+use crate::model::Timestamp;
 use metrics::{Counter, Gauge, Histogram, Key, Label, Level, Metadata, Recorder, SharedString};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use parking_lot::Mutex;
@@ -55,6 +56,8 @@ impl Metrics {
         }
         let metrics = Self(Arc::new(Inner { handle: recorder.handle(), recorder, on_scrape: Mutex::default() }));
         metrics.gauge(names::BUILD_INFO, &[("version", env!("CARGO_PKG_VERSION").into())]).set(1);
+        let clock = metrics.gauge(names::CLOCK, &[]);
+        metrics.on_scrape(move || clock.set(Timestamp::now().micros() as f64 / 1e6));
         metrics
     }
 

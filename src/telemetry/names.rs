@@ -132,6 +132,12 @@ pub const CHUNKS_WRITTEN: &str = "tidegate_chunks_written_total";
 pub const PRUNED_ENTRIES: &str = "tidegate_pruned_entries_total";
 /// Readings deleted by retention.
 pub const EXPIRED_READINGS: &str = "tidegate_expired_readings_total";
+/// What the database takes up.
+pub const STORAGE_BYTES: &str = "tidegate_storage_bytes";
+/// What is left where the embedded database is.
+pub const STORAGE_FREE_BYTES: &str = "tidegate_storage_free_bytes";
+/// The gateway's clock.
+pub const CLOCK: &str = "tidegate_clock_seconds";
 /// Always 1. `version`: the version of the running gateway.
 pub const BUILD_INFO: &str = "tidegate_build_info";
 /// When the process began.
@@ -270,6 +276,21 @@ pub static METRICS: &[Metric] = &[
     metric(CHUNKS_WRITTEN, Kind::Counter, "chunks", &[], "Chunks written."),
     metric(PRUNED_ENTRIES, Kind::Counter, "entries", &[], "Merged entries deleted from the log, as they are no longer kept for followers."),
     metric(EXPIRED_READINGS, Kind::Counter, "readings", &[], "Readings deleted by retention."),
+    metric(
+        STORAGE_BYTES,
+        Kind::Gauge,
+        "bytes",
+        &[],
+        "Bytes that the database takes up, with what is free in its files; looked at every 15 s.",
+    ),
+    metric(
+        STORAGE_FREE_BYTES,
+        Kind::Gauge,
+        "bytes",
+        &[],
+        "Bytes that are left on the file system of the embedded database; PostgreSQL's machine tells of its own.",
+    ),
+    metric(CLOCK, Kind::Gauge, "seconds", &[], "The gateway's clock at the scrape, in seconds since 1970-01-01T00:00:00Z."),
     metric(BUILD_INFO, Kind::Gauge, "info", &["version"], "Always 1; the label tells the version of the running gateway."),
     metric(PROCESS_START_TIME, Kind::Gauge, "seconds", &[], "When the process began, in seconds since 1970-01-01T00:00:00Z."),
     metric(PROCESS_CPU, Kind::Counter, "seconds", &[], "Processor time that the process has used, in user and system mode."),

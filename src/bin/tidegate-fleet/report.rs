@@ -66,6 +66,8 @@ pub struct Stats {
     rejected_examples: Mutex<Vec<String>>,
     /// Microseconds.
     latency: Mutex<Histogram<u64>>,
+    /// The longest that a device was between two acknowledgements.
+    longest_gap_us: AtomicU64,
 }
 
 impl Stats {
@@ -83,6 +85,7 @@ impl Stats {
             rejected: Mutex::default(),
             rejected_examples: Mutex::default(),
             latency: Mutex::new(Histogram::new_with_max(LATENCY_MAX_US, 3).expect("3 significant digits are allowed")),
+            longest_gap_us: AtomicU64::new(0),
         }
     }
 
@@ -130,6 +133,7 @@ impl Stats {
                 p99: at(0.99),
                 max: latency.max() as f64 / 1e3,
             }),
+            longest_ack_gap_ms: self.longest_gap_us.load(Relaxed) as f64 / 1e3,
             retries: self.retries.load(Relaxed),
             reconnects: self.reconnects.load(Relaxed),
             duplicates: self.duplicates.load(Relaxed),
@@ -155,11 +159,28 @@ pub struct DeviceObserver {
     pub rejected: Arc<Mutex<Count>>,
     connected: AtomicBool,
     was_connected: AtomicBool,
+    /// When its last acknowledgement came, in microseconds after the run began; 0 before the first.
+    last_acknowledged_us: AtomicU64,
 }
 
 impl DeviceObserver {
     pub fn new(stats: Arc<Stats>) -> Self {
-        Self { stats, rejected: Arc::default(), connected: AtomicBool::new(false), was_connected: AtomicBool::new(false) }
+        Self {
+            stats,
+            rejected: Arc::default(),
+            connected: AtomicBool::new(false),
+            was_connected: AtomicBool::new(false),
+            last_acknowledged_us: AtomicU64::new(0),
+        }
+    }
+
+    fn acknowledged(&self, batches: u64, readings: u64) {
+        self.stats.acknowledged(batches, readings);
+        let now_us = self.stats.began.elapsed().as_micros() as u64;
+        let last_us = self.last_acknowledged_us.swap(now_us, Relaxed);
+        if last_us > 0 {
+            self.stats.longest_gap_us.fetch_max(now_us.saturating_sub(last_us), Relaxed);
+        }
     }
 }
 
@@ -176,7 +197,7 @@ impl LinkObserver for DeviceObserver {
                 stats.connected.fetch_sub(u64::from(self.connected.swap(false, Relaxed)), Relaxed);
             }
             LinkEvent::Sent { retry, .. } => drop(stats.retries.fetch_add(u64::from(*retry), Relaxed)),
-            LinkEvent::Acknowledged { taken, .. } => stats.acknowledged(taken.batches, taken.readings),
+            LinkEvent::Acknowledged { taken, .. } => self.acknowledged(taken.batches, taken.readings),
             LinkEvent::BatchAcknowledged { latency, .. } => {
                 let micros = latency.as_micros() as u64;
                 stats.latency.lock().saturating_record(micros.max(1));
@@ -205,6 +226,8 @@ pub struct Summary {
     pub readings_per_second: f64,
     /// From the sending of a batch to its acknowledgement; none where only one answer came for many batches.
     pub ack_latency_ms: Option<Latency>,
+    /// The longest that a linked device was between two acknowledgements, its own pauses between batches included.
+    pub longest_ack_gap_ms: f64,
     /// Batches that were sent more than once.
     pub retries: u64,
     pub reconnects: u64,
@@ -236,6 +259,9 @@ impl Summary {
         println!("rate            {:.0} readings/s over {:.1} s", self.readings_per_second, self.seconds);
         if let Some(Latency { p50, p90, p99, max }) = &self.ack_latency_ms {
             println!("ack latency     p50 {p50:.2} ms, p90 {p90:.2} ms, p99 {p99:.2} ms, max {max:.2} ms");
+        }
+        if self.longest_ack_gap_ms > 0.0 {
+            println!("longest gap     {:.2} s between two acknowledgements of a device", self.longest_ack_gap_ms / 1e3);
         }
         println!("sent again      {} batches, {} of them duplicates; {} reconnects", self.retries, self.duplicates, self.reconnects);
         for (reason, count) in &self.rejected {

@@ -158,6 +158,11 @@ impl PostgresStore {
         Ok(others.saturating_add(log).unsigned_abs().saturating_add((readings * bytes) as u64))
     }
 
+    pub async fn file_bytes(&self) -> Result<u64, StoreError> {
+        let bytes: i64 = sqlx::query_scalar("SELECT pg_database_size(current_database())").fetch_one(self.readers()).await?;
+        Ok(bytes.unsigned_abs())
+    }
+
     /// The server's own vacuum does it.
     pub async fn release_space(&self, _keep_bytes: u64) -> Result<bool, StoreError> {
         Ok(false)

@@ -146,6 +146,11 @@ impl SqliteStore {
         Ok((pages - free) * page_bytes)
     }
 
+    pub async fn file_bytes(&self) -> Result<u64, StoreError> {
+        let [pages, _, page_bytes] = self.page_counts().await?;
+        Ok(pages * page_bytes)
+    }
+
     pub async fn release_space(&self, keep_bytes: u64) -> Result<bool, StoreError> {
         let [_, free, page_bytes] = self.page_counts().await?;
         let surplus = free.saturating_sub(keep_bytes / page_bytes);
