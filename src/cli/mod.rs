@@ -7,6 +7,7 @@
 mod backup;
 mod client;
 mod configure;
+mod copy;
 mod credentials;
 mod device;
 mod export;
@@ -72,6 +73,8 @@ enum Command {
     Export(export::ExportArgs),
     /// Copy the embedded database, also while the gateway runs.
     Backup(backup::BackupArgs),
+    /// Copy the embedded database to PostgreSQL, while no gateway runs on either.
+    Copy(copy::CopyArgs),
     /// Ask the gateway whether it serves: exit code 0 when it does. For container health checks.
     Health(health::HealthArgs),
 }
@@ -126,6 +129,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Query(args) => block_on(query::run(args, out))?,
         Command::Export(args) => block_on(export::run(args, out))?,
         Command::Backup(args) => block_on(backup::run(args, out))?,
+        Command::Copy(args) => block_on(copy::run(args, out))?,
         Command::Health(args) => block_on(health::run(args))?,
     }
     out.flush()?;

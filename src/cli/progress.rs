@@ -23,6 +23,11 @@ impl Shown {
         self.bar(0, "{wide_bar} {human_pos}/{human_len}  {msg}")
     }
 
+    /// A count of rows, with what they are of.
+    pub fn rows(self) -> ProgressBar {
+        self.bar(0, "{spinner} {msg} {human_pos}")
+    }
+
     fn bar(self, total: u64, template: &str) -> ProgressBar {
         match self.0 {
             true => ProgressBar::new(total).with_style(ProgressStyle::with_template(template).expect("a good template")),

@@ -3,6 +3,7 @@
 //! Reads run beside one another; writes go through one [`WriteTx`] at a time, which either commits whole or leaves nothing.
 //! After a write has failed its connection is thrown away, so the next one begins from what the store itself then holds.
 
+pub mod copy;
 mod either;
 mod postgres;
 mod rows;
@@ -58,6 +59,9 @@ pub enum StoreError {
     /// A row holds what this program can't have written.
     #[error("the database is damaged: {0}")]
     Damaged(String),
+    /// The database is a copy that was not finished.
+    #[error("the database is being copied, or was not copied whole: let `tidegate copy` end first")]
+    Unfinished,
     /// Another gateway may have merged since this one has looked.
     #[error("another gateway may have taken over merging")]
     NotLeading,

@@ -9,6 +9,7 @@ mod backup;
 mod bench;
 mod cli;
 mod configure;
+mod copy;
 mod devices;
 #[cfg(target_os = "linux")]
 mod disk_failure;

@@ -60,7 +60,10 @@ impl PostgresStore {
     pub async fn open(settings: &Storage) -> Result<Self, StoreError> {
         Self::migrate(settings).await?.log();
         let options = connect_options(settings)?;
-        let writer = PgConnection::connect_with(&options).await?;
+        let mut writer = PgConnection::connect_with(&options).await?;
+        if super::copy::is_unfinished(&mut writer).await? {
+            return Err(StoreError::Unfinished);
+        }
         let readers = PgPoolOptions::new()
             .max_connections(settings.readers)
             .acquire_timeout(ACQUIRE_TIMEOUT)
@@ -134,7 +137,7 @@ fn connect_options(settings: &Storage) -> Result<PgConnectOptions, StoreError> {
     ]))
 }
 
-fn url_options(settings: &Storage) -> Result<PgConnectOptions, StoreError> {
+pub(in crate::store) fn url_options(settings: &Storage) -> Result<PgConnectOptions, StoreError> {
     let options: PgConnectOptions = settings.url.expose().parse()?;
     Ok(options.application_name("tidegate").options([("client_min_messages", "warning")]))
 }

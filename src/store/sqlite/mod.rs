@@ -131,7 +131,7 @@ impl SqliteStore {
         }
     }
 
-    fn readers(&self) -> &SqlitePool {
+    pub(in crate::store) fn readers(&self) -> &SqlitePool {
         &self.shared.readers
     }
 }
