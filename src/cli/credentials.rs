@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 /// The variable that may hold a token itself; there is no flag for it, as everybody on a machine sees all command lines.
 const TOKEN_VARIABLE: &str = "TIDEGATE_TOKEN";
 
-/// See the [module](self).
+/// What a client shows of itself: a token, or a certificate with its key.
 #[derive(Debug, Clone, Default, Args)]
 pub struct CredentialArgs {
     /// The authorities that the gateway's certificate comes from (PEM). Default: the public ones. For https only.

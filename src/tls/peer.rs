@@ -12,7 +12,7 @@ use x509_parser::{certificate::X509Certificate, extensions::GeneralName};
 /// Where the URI begins that names a device in a certificate's subject alternative names.
 pub const DEVICE_URI_PREFIX: &str = "urn:tidegate:device:";
 
-/// See the [module](self).
+/// The certificate that a client showed in the TLS handshake of its connection.
 pub struct PeerCertificate {
     chain: Vec<CertificateDer<'static>>,
     /// The device that it names; the error says why it names none.
