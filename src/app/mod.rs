@@ -5,6 +5,7 @@ mod guarded_io;
 mod health;
 mod io;
 pub mod listener;
+pub mod open_files;
 mod peers;
 pub mod signals;
 mod space;
@@ -355,6 +356,7 @@ async fn run_purge(store: Store, purge: Arc<Notify>, stop: CancellationToken) {
 /// short for it to end well.
 pub async fn serve(config: Config) -> anyhow::Result<bool> {
     let mut signals = signals::Signals::install()?;
+    open_files::raise_limit_for(config.grpc.connections_max);
     let gateway = Gateway::build(config).await?;
     gateway.announce();
     signals.reload_with(gateway.reload());

@@ -183,7 +183,7 @@ pub struct Paced {
 
 #[derive(Debug, Clone, Args)]
 pub struct Idle {
-    /// How many connections, each with a link of its own. Both programs need a file descriptor for each.
+    /// How many connections, each with a link of its own. Both programs need a file descriptor for each: the hard limit counts.
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=100_000), value_name = "N")]
     pub connections: u32,
     /// Kill the gateway and start it again, so that all come back at once.

@@ -23,6 +23,7 @@ use std::{
     time::Duration,
 };
 use tidegate::{
+    app::open_files,
     client::{Backoff, BackoffSettings},
     model::StreamId,
     pb::{self, connect_response::Message},
@@ -91,6 +92,10 @@ impl Outcome {
 
 pub async fn run(arguments: &Idle) -> anyhow::Result<Outcome> {
     let Idle { connections, storm, common } = arguments;
+    let files = open_files::raise_limit();
+    if files <= u64::from(*connections) {
+        bail!("the limit on open files is {files}, and each connection is one: raise the hard limit");
+    }
     let data = DataDir::new(common.data_dir.as_deref())?;
     let server = start(common, &data, None).await?;
     let resident_before_bytes = server.usage()?.resident_bytes;
