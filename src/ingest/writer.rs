@@ -332,11 +332,12 @@ impl Writer {
             });
         }
         self.latest.add(latest);
+        // Before the acknowledgements: who was told that a batch is stored, and follows, must find it.
+        turn.publish(tail);
         for (reply, decision) in replies.into_iter().zip(group.decisions) {
             // The caller may be gone; the batches are stored all the same, and duplicates when they come again.
             let _ = reply.send(decision);
         }
-        turn.publish(tail);
     }
 
     /// Answers all that waits with UNAVAILABLE.
