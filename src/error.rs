@@ -111,6 +111,33 @@ pub enum Error {
         /// Its value.
         limit: Duration,
     },
+    /// The call needs a credential, and has none.
+    #[error("this needs a credential: a token in the metadata `authorization: Bearer TOKEN`, or a client certificate")]
+    CredentialMissing,
+    /// The credential is none that the gateway knows.
+    #[error("the credential is not known: mistyped, revoked, or of another gateway")]
+    CredentialInvalid,
+    /// The credential has expired.
+    #[error("the credential has expired")]
+    CredentialExpired,
+    /// The credential was revoked while the call was open, or what its owner may do was changed.
+    #[error("the credential was revoked, or what its owner may do was changed")]
+    CredentialRevoked,
+    /// Whoever calls may not do this, whether what it names exists or not.
+    #[error("the caller may not do this")]
+    PermissionDenied,
+    /// There is no such credential to manage.
+    #[error("there is no credential {0:?}")]
+    CredentialNotFound(String),
+    /// As many devices as an enrolment key is for have enrolled with it.
+    #[error("the enrolment key is used up")]
+    EnrolmentKeyUsedUp,
+    /// No operator has this name.
+    #[error("there is no operator {0:?}")]
+    OperatorNotFound(String),
+    /// An operator has this name.
+    #[error("there is an operator {0:?} already")]
+    OperatorExists(String),
     /// A defect of the gateway. The cause is in its log under the request id.
     #[error("internal error; the gateway's log has the cause under this request id")]
     Internal,
@@ -167,12 +194,21 @@ pub enum Reason {
     Draining,
     DeadlineExceeded,
     TooSlow,
+    CredentialMissing,
+    CredentialInvalid,
+    CredentialExpired,
+    CredentialRevoked,
+    PermissionDenied,
+    CredentialNotFound,
+    EnrolmentKeyUsedUp,
+    OperatorNotFound,
+    OperatorExists,
     Internal,
 }
 
 impl Reason {
     /// All of them, in the order of the documentation.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 26] = [
         Self::InvalidArgument,
         Self::DeviceNotFound,
         Self::DeviceExists,
@@ -189,6 +225,15 @@ impl Reason {
         Self::Draining,
         Self::DeadlineExceeded,
         Self::TooSlow,
+        Self::CredentialMissing,
+        Self::CredentialInvalid,
+        Self::CredentialExpired,
+        Self::CredentialRevoked,
+        Self::PermissionDenied,
+        Self::CredentialNotFound,
+        Self::EnrolmentKeyUsedUp,
+        Self::OperatorNotFound,
+        Self::OperatorExists,
         Self::Internal,
     ];
 
@@ -211,6 +256,15 @@ impl Reason {
             Self::Draining => "DRAINING",
             Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
             Self::TooSlow => "TOO_SLOW",
+            Self::CredentialMissing => "CREDENTIAL_MISSING",
+            Self::CredentialInvalid => "CREDENTIAL_INVALID",
+            Self::CredentialExpired => "CREDENTIAL_EXPIRED",
+            Self::CredentialRevoked => "CREDENTIAL_REVOKED",
+            Self::PermissionDenied => "PERMISSION_DENIED",
+            Self::CredentialNotFound => "CREDENTIAL_NOT_FOUND",
+            Self::EnrolmentKeyUsedUp => "ENROLMENT_KEY_USED_UP",
+            Self::OperatorNotFound => "OPERATOR_NOT_FOUND",
+            Self::OperatorExists => "OPERATOR_EXISTS",
             Self::Internal => "INTERNAL",
         }
     }
@@ -219,10 +273,14 @@ impl Reason {
     pub fn code(self) -> Code {
         match self {
             Self::InvalidArgument | Self::ConfigTooLarge => Code::InvalidArgument,
-            Self::DeviceNotFound | Self::SensorNotFound | Self::ConfigNotFound => Code::NotFound,
-            Self::DeviceExists => Code::AlreadyExists,
+            Self::DeviceNotFound | Self::SensorNotFound | Self::ConfigNotFound | Self::CredentialNotFound | Self::OperatorNotFound => {
+                Code::NotFound
+            }
+            Self::DeviceExists | Self::OperatorExists => Code::AlreadyExists,
             Self::DeviceEtagMismatch | Self::ConfigEtagMismatch => Code::Aborted,
-            Self::SequenceGap => Code::FailedPrecondition,
+            Self::SequenceGap | Self::EnrolmentKeyUsedUp => Code::FailedPrecondition,
+            Self::CredentialMissing | Self::CredentialInvalid | Self::CredentialExpired | Self::CredentialRevoked => Code::Unauthenticated,
+            Self::PermissionDenied => Code::PermissionDenied,
             Self::PositionExpired => Code::OutOfRange,
             Self::QueryTooLarge | Self::Overloaded => Code::ResourceExhausted,
             Self::StoreUnavailable | Self::Draining => Code::Unavailable,
@@ -266,6 +324,15 @@ impl Error {
             Self::Draining => Reason::Draining,
             Self::DeadlineExceeded(_) => Reason::DeadlineExceeded,
             Self::TooSlow { .. } => Reason::TooSlow,
+            Self::CredentialMissing => Reason::CredentialMissing,
+            Self::CredentialInvalid => Reason::CredentialInvalid,
+            Self::CredentialExpired => Reason::CredentialExpired,
+            Self::CredentialRevoked => Reason::CredentialRevoked,
+            Self::PermissionDenied => Reason::PermissionDenied,
+            Self::CredentialNotFound(_) => Reason::CredentialNotFound,
+            Self::EnrolmentKeyUsedUp => Reason::EnrolmentKeyUsedUp,
+            Self::OperatorNotFound(_) => Reason::OperatorNotFound,
+            Self::OperatorExists(_) => Reason::OperatorExists,
             Self::Internal => Reason::Internal,
         }
     }
@@ -292,7 +359,19 @@ impl Error {
             }
             Self::DeadlineExceeded(deadline) => vec![("deadline_ms", deadline.as_millis().to_string())],
             Self::TooSlow { setting, limit } => vec![("setting", (*setting).to_owned()), ("limit_ms", limit.as_millis().to_string())],
-            Self::InvalidArgument(_) | Self::PositionExpired { .. } | Self::StoreUnavailable | Self::Draining | Self::Internal => vec![],
+            Self::CredentialNotFound(credential) => vec![("credential", credential.clone())],
+            Self::OperatorNotFound(operator) | Self::OperatorExists(operator) => vec![("operator", operator.clone())],
+            Self::InvalidArgument(_)
+            | Self::PositionExpired { .. }
+            | Self::StoreUnavailable
+            | Self::Draining
+            | Self::CredentialMissing
+            | Self::CredentialInvalid
+            | Self::CredentialExpired
+            | Self::CredentialRevoked
+            | Self::PermissionDenied
+            | Self::EnrolmentKeyUsedUp
+            | Self::Internal => vec![],
         }
     }
 }

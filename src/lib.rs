@@ -21,8 +21,8 @@
 //! 2. the device's link in [`api::DeviceLinkApi`] compares desired and known revision, and sends the latest;
 //! 3. the device reports; the report is stored, and the operators who watch see it. [`fleet::reconciler`] repairs lost pokes.
 //!
-//! [`app`] is the one module that knows all others: it builds, runs and drains the gateway. [`client`] is the device's side,
-//! [`cli`] the operator's.
+//! [`auth`] knows who calls, and who may call what. [`app`] is the one module that knows all others: it builds, runs and drains the
+//! gateway. [`client`] is the device's side, [`cli`] the operator's.
 
 /// For all binaries, so that what is measured beside one another differs in nothing else.
 #[global_allocator]
@@ -30,6 +30,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 pub mod api;
 pub mod app;
+pub mod auth;
 pub mod cli;
 pub mod client;
 pub mod config;

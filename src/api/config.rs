@@ -2,11 +2,12 @@
 
 use super::{
     ResponseStream,
-    desk::{Desk, Step},
+    desk::{Call, Desk, Step},
     driven::driven,
     parse,
 };
 use crate::{
+    auth::{AuditLog, Caller},
     error::{Error, Failure, Violations},
     fleet::{ConfigChange, Configs, Device, Registry, configs::etag},
     middleware::Draining,
@@ -36,6 +37,8 @@ pub struct ConfigApi {
     pub configs: Configs,
     /// The history.
     pub store: Store,
+    /// Where it is noted what operators set.
+    pub audit: AuditLog,
 }
 
 #[tonic::async_trait]
@@ -43,14 +46,16 @@ impl ConfigService for ConfigApi {
     type ConfigureStream = ResponseStream<pb::ConfigureResponse>;
 
     async fn configure(&self, request: Request<Streaming<pb::ConfigureRequest>>) -> Result<Response<Self::ConfigureStream>, Status> {
-        let (api, drain) = (self.clone(), Draining::of(request.extensions()));
+        let (call, drain) = (Call::of(request.extensions()), Draining::of(request.extensions()));
         let inbound = request.into_inner();
-        let responses = driven(OUTBOUND_MAX, move |outbound| Desk::new(api, drain, outbound).run(inbound));
+        let api = self.clone();
+        let responses = driven(OUTBOUND_MAX, move |outbound| Desk::new(api, call, drain, outbound).run(inbound));
         Ok(Response::new(responses.boxed()))
     }
 
     async fn get_config(&self, request: Request<pb::GetConfigRequest>) -> Result<Response<pb::GetConfigResponse>, Status> {
-        let device = self.registry.get(&parse::device(&request.into_inner().device)?).await?;
+        let caller = Caller::of(request.extensions());
+        let device = caller.device(&self.registry, &parse::device(&request.into_inner().device)?).await?;
         let found = self.configs.state(device.key).await.map_err(Failure::from)?;
         let (desired, state) = found.ok_or_else(|| Error::ConfigNotFound(device.id.clone()))?;
         let step = Step::all(&desired, &state).pop().ok_or(Error::Internal)?;
@@ -69,6 +74,7 @@ impl ConfigService for ConfigApi {
         &self,
         request: Request<pb::ListConfigRevisionsRequest>,
     ) -> Result<Response<pb::ListConfigRevisionsResponse>, Status> {
+        let caller = Caller::of(request.extensions());
         let request = request.into_inner();
         let mut violations = Violations::new();
         let id = violations.check("device", DeviceId::parse(&request.device));
@@ -80,7 +86,7 @@ impl ConfigService for ConfigApi {
             }
         };
         violations.into_result()?;
-        let device = self.registry.get(&id.ok_or(Error::Internal)?).await?;
+        let device = caller.device(&self.registry, &id.ok_or(Error::Internal)?).await?;
         let before = before.ok_or(Error::Internal)?;
         let (revisions, more) = self.revisions_page(&device, before, page_size).await?;
         let last = revisions.last().filter(|_| more);

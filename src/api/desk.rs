@@ -8,11 +8,13 @@ use super::{
     driven::Outbound,
 };
 use crate::{
+    auth::{Caller, Role},
     error::{Error, Failure, Reason},
     fleet::{ConfigChange, Device, configs::etag},
+    middleware::{RequestId, code_name},
     model::{DeviceId, LabelSelector, Labels, Timestamp},
     pb::{self, configure_request, configure_response},
-    store::{ConfigOutcome, ConfigRevisionRow, ConfigStateRow, DeviceKey},
+    store::{AuditRow, ConfigOutcome, ConfigRevisionRow, ConfigStateRow, DeviceKey},
 };
 use std::{
     collections::{HashMap, HashSet},
@@ -20,7 +22,7 @@ use std::{
 };
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming, transport::server::TcpConnectInfo};
 
 /// How many devices one desk watches by their ids, counting those that it has set. A few dozen bytes each.
 const DEVICES_WATCHED_MAX: usize = 100_000;
@@ -29,10 +31,30 @@ const SELECTORS_WATCHED_MAX: usize = 16;
 /// How many devices are read at once.
 const DEVICES_PER_READ: usize = 1_000;
 
+/// Whose desk it is, and where from.
+pub struct Call {
+    caller: Caller,
+    peer: String,
+    request_id: String,
+}
+
+impl Call {
+    /// That of a request.
+    pub fn of(extensions: &http::Extensions) -> Self {
+        let peer = extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
+        Self {
+            caller: Caller::of(extensions),
+            peer: peer.map(|peer| peer.to_string()).unwrap_or_default(),
+            request_id: extensions.get::<RequestId>().map(ToString::to_string).unwrap_or_default(),
+        }
+    }
+}
+
 /// See the module.
 pub struct Desk {
     api: ConfigApi,
     drain: CancellationToken,
+    call: Call,
     pokes: broadcast::Receiver<DeviceKey>,
     watching: Watching,
     // The last step that was shown of each device: what comes after it is news.
@@ -44,8 +66,8 @@ pub struct Desk {
 
 impl Desk {
     /// One that watches nothing yet.
-    pub fn new(api: ConfigApi, drain: CancellationToken, outbound: Outbound<pb::ConfigureResponse>) -> Self {
-        Self { pokes: api.configs.pokes(), api, drain, watching: Watching::default(), shown: HashMap::new(), stays: false, outbound }
+    pub fn new(api: ConfigApi, call: Call, drain: CancellationToken, outbound: Outbound<pb::ConfigureResponse>) -> Self {
+        Self { pokes: api.configs.pokes(), api, call, drain, watching: Watching::default(), shown: HashMap::new(), stays: false, outbound }
     }
 
     /// Answers until there is nothing more to say.
@@ -75,16 +97,48 @@ impl Desk {
 
     async fn set(&mut self, set: pb::SetConfig) -> Result<(), Status> {
         let mut done = pb::SetConfigDone { request_id: set.request_id.clone(), accepted: 0, refused: 0 };
-        match parse_set(set) {
-            Ok((Target::Device(id), change)) => self.set_one(&id, change, &mut done).await?,
-            Ok((Target::Matching(selector), change)) => self.set_matching(&selector, &change, &mut done).await?,
-            Err(error) => self.refuse(&done.request_id, "", error).await?,
+        // Whether it may be asked for at all, before what is asked for is looked at.
+        let allowed = self.call.caller.needs(Role::Operator);
+        match allowed.and_then(|()| parse_set(set)) {
+            Ok((Target::Device(id), change)) => {
+                let code = self.set_one(&id, change, &mut done).await?;
+                self.note(format!("devices/{id}"), code).await;
+            }
+            Ok((Target::Matching(selector), change)) => {
+                self.set_matching(&selector, &change, &mut done).await?;
+                self.note(format!("devices?{selector}"), Code::Ok).await;
+            }
+            Err(error) => {
+                self.note(String::new(), error.reason().code()).await;
+                self.refuse(&done.request_id, "", error).await?;
+            }
         }
         self.send(configure_response::Message::SetDone(done)).await;
         Ok(())
     }
 
+    /// Notes what was asked to be set, and what became of it.
+    async fn note(&self, resource: String, code: Code) {
+        let Call { caller, peer, request_id } = &self.call;
+        if !self.api.audit.notes(caller) {
+            return;
+        }
+        let row = AuditRow {
+            key: 0,
+            time: Timestamp::now(),
+            actor: caller.grant.actor(),
+            credential: caller.grant.credential.clone(),
+            method: "tidegate.v1.ConfigService/Configure".to_owned(),
+            resource,
+            outcome: code_name(code).to_owned(),
+            peer: peer.clone(),
+            request_id: request_id.clone(),
+        };
+        self.api.audit.note(row).await;
+    }
+
     async fn set_matching(&mut self, selector: &LabelSelector, change: &ConfigChange, done: &mut pb::SetConfigDone) -> Result<(), Status> {
+        let selector = &selector.clone().and(self.call.caller.scope());
         let mut after = String::new();
         loop {
             let (rows, more) = self.api.registry.list(selector, &after, DEVICES_PER_READ).await.map_err(Failure::from)?;
@@ -99,23 +153,27 @@ impl Desk {
         }
     }
 
-    async fn set_one(&mut self, id: &DeviceId, change: ConfigChange, done: &mut pb::SetConfigDone) -> Result<(), Status> {
+    /// What became of it as a whole, which was told.
+    async fn set_one(&mut self, id: &DeviceId, change: ConfigChange, done: &mut pb::SetConfigDone) -> Result<Code, Status> {
         match self.set_and_watch(id, change).await {
             Ok((device, row)) => {
                 done.accepted += 1;
                 self.show(device.key, id, &row.request_id, Step::accepted(&row)).await;
                 // A poke may have been told to somebody who did not watch the device yet.
-                self.show_news(device.key, id).await
+                self.show_news(device.key, id).await?;
+                Ok(Code::Ok)
             }
             Err(error) => {
                 done.refused += 1;
-                self.refuse(&done.request_id, id.as_str(), error).await
+                let code = error.reason().code();
+                self.refuse(&done.request_id, id.as_str(), error).await?;
+                Ok(code)
             }
         }
     }
 
     async fn set_and_watch(&mut self, id: &DeviceId, change: ConfigChange) -> Result<(Arc<Device>, ConfigRevisionRow), Error> {
-        let device = self.api.registry.get(id).await?;
+        let device = self.call.caller.device(&self.api.registry, id).await?;
         // Before anything is changed.
         self.watching.check_room_for(device.key, "set.target")?;
         let row = self.api.configs.set(&device, change).await?;
@@ -129,8 +187,8 @@ impl Desk {
                 Ok(key) => self.show_standing(key, &id).await,
                 Err(error) => return self.refuse("", id.as_str(), error).await,
             },
-            Ok(Target::Matching(selector)) => match self.watching.add_selector(&selector) {
-                Ok(()) => self.look_at(&selector, Look::Standing).await,
+            Ok(Target::Matching(selector)) => match self.watch_matching(&selector) {
+                Ok(selector) => self.look_at(&selector, Look::Standing).await,
                 Err(error) => return self.refuse("", "", error).await,
             },
             Err(error) => return self.refuse("", "", error).await,
@@ -141,8 +199,13 @@ impl Desk {
         Ok(())
     }
 
+    fn watch_matching(&mut self, selector: &LabelSelector) -> Result<LabelSelector, Error> {
+        let visible = selector.clone().and(self.call.caller.scope());
+        self.watching.add_selector(&visible).map(|()| visible)
+    }
+
     async fn watch_one(&mut self, id: &DeviceId) -> Result<DeviceKey, Error> {
-        let device = self.api.registry.get(id).await?;
+        let device = self.call.caller.device(&self.api.registry, id).await?;
         self.watching.check_room_for(device.key, "watch.target")?;
         self.watching.devices.insert(device.key);
         Ok(device.key)
@@ -233,7 +296,11 @@ impl Desk {
             _ => String::new(),
         };
         match error.reason() {
-            reason @ (Reason::InvalidArgument | Reason::DeviceNotFound | Reason::ConfigEtagMismatch | Reason::ConfigTooLarge) => {
+            reason @ (Reason::InvalidArgument
+            | Reason::DeviceNotFound
+            | Reason::PermissionDenied
+            | Reason::ConfigEtagMismatch
+            | Reason::ConfigTooLarge) => {
                 let refusal = pb::ConfigRefusal {
                     request_id: request_id.to_owned(),
                     device: device.to_owned(),

@@ -2,6 +2,7 @@
 
 use super::parse;
 use crate::{
+    auth::{Authenticator, Caller},
     error::{Error, Failure, Violations},
     fleet::{Device, Registry},
     live::Latest,
@@ -32,6 +33,8 @@ pub struct DeviceApi {
     pub latest: Arc<Latest>,
     /// Wakes who deletes what deleted devices left.
     pub purge: Arc<Notify>,
+    /// Learns that the credentials of deleted devices are void.
+    pub auth: Authenticator,
     /// How many sensors a device may have.
     pub sensors_max: usize,
 }
@@ -39,26 +42,39 @@ pub struct DeviceApi {
 #[tonic::async_trait]
 impl DeviceService for DeviceApi {
     async fn create_device(&self, request: Request<pb::CreateDeviceRequest>) -> Result<Response<pb::CreateDeviceResponse>, Status> {
+        let caller = Caller::of(request.extensions());
         let device = request.into_inner().device.unwrap_or_default();
+        caller.about(parse::resource(&device.id));
         let mut violations = Violations::new();
         let id = violations.check("device.id", DeviceId::parse(&device.id));
         let labels = violations.check_all(Labels::parse("device.labels", device.labels)).unwrap_or_default();
         check_display_name(&mut violations, &device.display_name);
         violations.into_result()?;
-        let created = self.registry.create(&id.ok_or(Error::Internal)?, labels, &device.display_name).await?;
+        caller.may_label(&labels)?;
+        let id = id.ok_or(Error::Internal)?;
+        let created = match self.registry.create(&id, labels, &device.display_name).await {
+            // Whether it is one that the caller may see.
+            Err(failure @ Failure::Refused(Error::DeviceExists(_))) => {
+                caller.device(&self.registry, &id).await?;
+                Err(failure)
+            }
+            created => created,
+        }?;
         Ok(Response::new(pb::CreateDeviceResponse { device: Some(encode_device(created.row(), None)) }))
     }
 
     async fn get_device(&self, request: Request<pb::GetDeviceRequest>) -> Result<Response<pb::GetDeviceResponse>, Status> {
-        let device = self.find(&request.into_inner().device).await?;
+        let caller = Caller::of(request.extensions());
+        let device = self.find(&caller, &request.into_inner().device).await?;
         let last_receive_time = self.store.last_receive_time(device.key).await.map_err(Failure::from)?;
         Ok(Response::new(pb::GetDeviceResponse { device: Some(encode_device(device.row(), last_receive_time)) }))
     }
 
     async fn list_devices(&self, request: Request<pb::ListDevicesRequest>) -> Result<Response<pb::ListDevicesResponse>, Status> {
+        let caller = Caller::of(request.extensions());
         let request = request.into_inner();
         let mut violations = Violations::new();
-        let selector = parse::selector(&mut violations, &request.label_selector);
+        let selector = parse::selector(&mut violations, &request.label_selector).and(caller.scope());
         let page_size = parse::page_size(&mut violations, request.page_size, PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX);
         let after = parse::page_token(&mut violations, &request.page_token);
         violations.into_result()?;
@@ -79,8 +95,10 @@ impl DeviceService for DeviceApi {
     }
 
     async fn update_device(&self, request: Request<pb::UpdateDeviceRequest>) -> Result<Response<pb::UpdateDeviceResponse>, Status> {
+        let caller = Caller::of(request.extensions());
         let pb::UpdateDeviceRequest { device, update_mask } = request.into_inner();
         let new = device.unwrap_or_default();
+        caller.about(parse::resource(&new.id));
         let mut violations = Violations::new();
         let id = violations.check("device.id", DeviceId::parse(&new.id));
         let etag = parse_etag(&mut violations, "device.etag", &new.etag);
@@ -97,7 +115,9 @@ impl DeviceService for DeviceApi {
             }
         }
         violations.into_result()?;
-        let device = self.registry.get(&id.ok_or(Error::Internal)?).await?;
+        let device = caller.device(&self.registry, &id.ok_or(Error::Internal)?).await?;
+        // A device is not moved out of the scope of who moves it.
+        labels.iter().try_for_each(|labels| caller.may_label(labels))?;
         let updated = self.registry.update(&device, etag, move |row| {
             row.labels = labels.unwrap_or_else(|| row.labels.clone());
             row.display_name = display_name.unwrap_or_else(|| row.display_name.clone());
@@ -108,11 +128,13 @@ impl DeviceService for DeviceApi {
     }
 
     async fn delete_device(&self, request: Request<pb::DeleteDeviceRequest>) -> Result<Response<pb::DeleteDeviceResponse>, Status> {
+        let caller = Caller::of(request.extensions());
         let request = request.into_inner();
+        caller.about(parse::resource(&request.device));
         let mut violations = Violations::new();
         let etag = parse_etag(&mut violations, "etag", &request.etag);
         violations.into_result()?;
-        let device = self.find(&request.device).await?;
+        let device = self.find(&caller, &request.device).await?;
         let (latest, purge, gone) = (self.latest.clone(), self.purge.clone(), device.clone());
         let forget = move || {
             latest.forget(gone.key);
@@ -120,18 +142,22 @@ impl DeviceService for DeviceApi {
             tracing::info!(device = %gone.id, "device.deleted");
         };
         self.registry.delete(&device, etag, forget).await?;
+        self.auth.catch_up().await.map_err(Failure::from)?;
         Ok(Response::new(pb::DeleteDeviceResponse {}))
     }
 
     async fn list_sensors(&self, request: Request<pb::ListSensorsRequest>) -> Result<Response<pb::ListSensorsResponse>, Status> {
-        let device = self.find(&request.into_inner().device).await?;
+        let caller = Caller::of(request.extensions());
+        let device = self.find(&caller, &request.into_inner().device).await?;
         let rows = self.store.sensors(device.key).await.map_err(Failure::from)?;
         Ok(Response::new(pb::ListSensorsResponse { sensors: rows.into_iter().map(encode_sensor).collect() }))
     }
 
     async fn update_sensor(&self, request: Request<pb::UpdateSensorRequest>) -> Result<Response<pb::UpdateSensorResponse>, Status> {
+        let caller = Caller::of(request.extensions());
         let request = request.into_inner();
-        let device = self.find(&request.device).await?;
+        caller.about(parse::resource(&request.device));
+        let device = self.find(&caller, &request.device).await?;
         let new = request.sensor.unwrap_or_default();
         let mut violations = Violations::new();
         violations.check("sensor.name", check_sensor_name(&new.name));
@@ -165,7 +191,8 @@ impl DeviceService for DeviceApi {
     }
 
     async fn get_ledger(&self, request: Request<pb::GetLedgerRequest>) -> Result<Response<pb::GetLedgerResponse>, Status> {
-        let device = self.find(&request.into_inner().device).await?;
+        let caller = Caller::of(request.extensions());
+        let device = self.find(&caller, &request.into_inner().device).await?;
         let row = self.store.ledger(device.key).await.map_err(Failure::from)?;
         let rejected = row.rejected.into_iter().map(|(reason, count)| pb::RejectedCount {
             reason: reason_from_name(&reason).unwrap_or_default() as i32,
@@ -190,8 +217,8 @@ impl DeviceService for DeviceApi {
 }
 
 impl DeviceApi {
-    async fn find(&self, id: &str) -> Result<Arc<Device>, Failure> {
-        self.registry.get(&parse::device(id)?).await
+    async fn find(&self, caller: &Caller, id: &str) -> Result<Arc<Device>, Failure> {
+        caller.device(&self.registry, &parse::device(id)?).await
     }
 }
 

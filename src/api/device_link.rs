@@ -8,6 +8,7 @@ use super::{
     telemetry::rejected_batch,
 };
 use crate::{
+    auth::Caller,
     error::{Error, Failure, Violations},
     fleet::{Configs, Device, Registry},
     ingest::{Envelope, Ingest, Outcome, Reply},
@@ -46,9 +47,9 @@ impl DeviceLinkService for DeviceLinkApi {
     type ConnectStream = ResponseStream<pb::ConnectResponse>;
 
     async fn connect(&self, request: Request<Streaming<pb::ConnectRequest>>) -> Result<Response<Self::ConnectStream>, Status> {
-        let drain = Draining::of(request.extensions());
+        let (caller, drain) = (Caller::of(request.extensions()), Draining::of(request.extensions()));
         let (api, inbound) = (self.clone(), request.into_inner());
-        let work = move |outbound| async move { Link::run(&api, drain, inbound, &outbound).await };
+        let work = move |outbound| async move { Link::run(&api, &caller, drain, inbound, &outbound).await };
         Ok(Response::new(driven(OUTBOUND_MAX, work).boxed()))
     }
 }
@@ -70,6 +71,7 @@ struct Link<'a> {
 impl<'a> Link<'a> {
     async fn run(
         api: &'a DeviceLinkApi,
+        caller: &Caller,
         drain: CancellationToken,
         mut inbound: Streaming<pb::ConnectRequest>,
         outbound: &'a Outbound<pb::ConnectResponse>,
@@ -81,15 +83,22 @@ impl<'a> Link<'a> {
         let Some(pb::ConnectRequest { message: Some(connect_request::Message::Hello(hello)) }) = first else {
             return Err(Error::invalid("hello", "the first message of the stream must be a Hello").into());
         };
-        Self::greet(api, hello, outbound).await?.serve(drain, inbound).await
+        Self::greet(api, caller, hello, outbound).await?.serve(drain, inbound).await
     }
 
-    async fn greet(api: &'a DeviceLinkApi, hello: pb::Hello, outbound: &'a Outbound<pb::ConnectResponse>) -> Result<Self, Status> {
+    async fn greet(
+        api: &'a DeviceLinkApi,
+        caller: &Caller,
+        hello: pb::Hello,
+        outbound: &'a Outbound<pb::ConnectResponse>,
+    ) -> Result<Self, Status> {
         let mut violations = Violations::new();
         let device = violations.check("hello.device", DeviceId::parse(&hello.device));
         let stream_id = if hello.stream_id.is_empty() { None } else { parse::stream_id(&mut violations, &hello.stream_id) };
         violations.into_result()?;
-        let device = api.registry.get_or_register(&device.ok_or(Error::Internal)?).await?;
+        let device = device.ok_or(Error::Internal)?;
+        caller.may_act_as(&device)?;
+        let device = api.registry.get_or_register(&device).await?;
         let last_durable_sequence = match stream_id {
             Some(stream_id) => api.store.last_sequence(device.key, stream_id).await.map_err(Failure::from)?,
             None => 0,

@@ -2,6 +2,7 @@
 
 use super::{ReadingApi, ResponseStream, driven::Outbound, driven::driven, parse, reading::reading_messages};
 use crate::{
+    auth::Caller,
     error::{Error, Violations},
     history::{Export, Part, Place, Selection, Span, Standing},
     model::{DeviceId, Timestamp, batch::check_sensor_name},
@@ -23,12 +24,20 @@ const TOKEN_PREFIX: &str = "x1";
 /// Begins an export. The work on it is part of the answer, and stands still while the client does not read.
 pub async fn export(
     api: &ReadingApi,
+    caller: &Caller,
     drain: CancellationToken,
     mut request: pb::ExportReadingsRequest,
 ) -> Result<ResponseStream<pb::ExportReadingsResponse>, Status> {
     let token = std::mem::take(&mut request.resume_token);
     let ticket = Ticket::of(&request);
-    let (selection, from) = parse(request, &ticket, &token)?;
+    caller.about(subject(&request));
+    let (mut selection, from) = parse(request, &ticket, &token)?;
+    selection.labels = selection.labels.and(caller.scope());
+    if !caller.scope().is_empty() {
+        for device in &selection.devices {
+            caller.device(&api.registry, device).await?;
+        }
+    }
     let readings = from.as_ref().map_or(0, |place| place.readings);
     let export = api.exporter.begin(selection, from).await?;
     let work = move |outbound| async move {
@@ -39,6 +48,15 @@ pub async fn export(
         }
     };
     Ok(driven(MESSAGES_AHEAD, work).boxed())
+}
+
+/// What is exported, for the audit log.
+fn subject(request: &pb::ExportReadingsRequest) -> String {
+    match request.devices.as_slice() {
+        [] => format!("devices?{}", request.label_selector),
+        [one] => format!("devices/{one}"),
+        [one, others @ ..] => format!("devices/{one} and {} more", others.len()),
+    }
 }
 
 fn parse(request: pb::ExportReadingsRequest, ticket: &Ticket, token: &str) -> Result<(Selection, Option<Place>), Error> {

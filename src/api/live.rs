@@ -2,6 +2,7 @@
 
 use super::{ResponseStream, parse};
 use crate::{
+    auth::Caller,
     error::{Error, Violations},
     live::{Filter, Follower, Item, Start, follower::Sources},
     middleware::Draining,
@@ -29,7 +30,9 @@ impl LiveService for LiveApi {
 
     async fn follow(&self, request: Request<pb::FollowRequest>) -> Result<Response<Self::FollowStream>, Status> {
         let sources = Sources { drain: Draining::of(request.extensions()), ..self.sources.clone() };
-        let (filter, start, heartbeat) = parse(request.into_inner())?;
+        let caller = Caller::of(request.extensions());
+        let (mut filter, start, heartbeat) = parse(request.into_inner())?;
+        filter.labels = filter.labels.and(caller.scope());
         let follower = Follower::new(sources, filter, start, heartbeat).await?;
         // Pulled by the connection: a follower that does not read costs nothing but its place.
         let items = stream::unfold(Some(follower), |follower| async move {

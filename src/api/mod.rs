@@ -1,20 +1,24 @@
 //! The gRPC services, one a file. Each parses, calls, and encodes; what it calls knows nothing of the wire.
 
 mod config;
+mod credential;
 mod desk;
 mod device;
 mod device_link;
 pub(crate) mod driven;
 mod export;
 mod live;
+mod operator;
 mod parse;
 mod reading;
 mod telemetry;
 
 pub use config::ConfigApi;
+pub use credential::CredentialApi;
 pub use device::DeviceApi;
 pub use device_link::DeviceLinkApi;
 pub use live::LiveApi;
+pub use operator::OperatorApi;
 pub use reading::ReadingApi;
 pub use telemetry::TelemetryApi;
 

@@ -2,18 +2,41 @@
 
 use crate::{
     error::{Error, Violations},
-    model::{DeviceId, LabelSelector, StreamId, Timestamp},
+    model::{DeviceId, LabelSelector, StreamId, Timestamp, ids::DEVICE_ID_CHARS_MAX},
 };
 use std::time::Duration;
 
 /// The most entries in a list of devices or sensors to select.
 const SELECTED_MAX: usize = 1_000;
+/// The most bytes in what a credential is for.
+const DESCRIPTION_BYTES_MAX: usize = 255;
 /// Where the paging tokens of this version begin.
 const PAGE_TOKEN_PREFIX: &str = "p1.";
 
 /// A device's id, when nothing else of the request has to be checked.
 pub fn device(text: &str) -> Result<DeviceId, Error> {
     DeviceId::parse(text).map_err(|why| Error::invalid("device", why))
+}
+
+/// A device, as the audit log names it: at most about as long as a good id is.
+pub fn resource(device: &str) -> String {
+    format!("devices/{}", device.chars().filter(|c| !c.is_control()).take(DEVICE_ID_CHARS_MAX).collect::<String>())
+}
+
+/// What a credential is for, for people.
+pub fn description(violations: &mut Violations, field: &str, text: &str) {
+    if text.len() > DESCRIPTION_BYTES_MAX || text.chars().any(char::is_control) {
+        violations.add(field, format!("at most {DESCRIPTION_BYTES_MAX} bytes of UTF-8 without control characters are allowed"));
+    }
+}
+
+/// When a credential expires, which must be later than now.
+pub fn expire_time(violations: &mut Violations, field: &str, time_of: Option<&prost_types::Timestamp>) -> Option<Timestamp> {
+    let time = time(violations, field, time_of)?;
+    if time <= Timestamp::now() {
+        violations.add(field, "it is not in the future");
+    }
+    Some(time)
 }
 
 /// Ids of devices to select.

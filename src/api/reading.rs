@@ -2,6 +2,7 @@
 
 use super::{ResponseStream, export::export, parse};
 use crate::{
+    auth::Caller,
     error::{Error, Violations},
     fleet::Registry,
     history::{Answer, Bucket, Exporter, Piece, Query, Reader, Series},
@@ -36,8 +37,9 @@ impl ReadingService for ReadingApi {
     type QueryReadingsStream = ResponseStream<pb::QueryReadingsResponse>;
 
     async fn query_readings(&self, request: Request<pb::QueryReadingsRequest>) -> Result<Response<Self::QueryReadingsStream>, Status> {
+        let caller = Caller::of(request.extensions());
         let (device, query) = parse(request.into_inner())?;
-        let device = self.registry.get(&device).await?;
+        let device = caller.device(&self.registry, &device).await?;
         let answer = self.reader.read(&device, query).await?;
         // Read and encoded piece by piece, as the client takes them.
         let messages = stream::try_unfold(Some((answer, VecDeque::new())), next_message);
@@ -47,8 +49,8 @@ impl ReadingService for ReadingApi {
     type ExportReadingsStream = ResponseStream<pb::ExportReadingsResponse>;
 
     async fn export_readings(&self, request: Request<pb::ExportReadingsRequest>) -> Result<Response<Self::ExportReadingsStream>, Status> {
-        let drain = Draining::of(request.extensions());
-        Ok(Response::new(export(self, drain, request.into_inner()).await?))
+        let (caller, drain) = (Caller::of(request.extensions()), Draining::of(request.extensions()));
+        Ok(Response::new(export(self, &caller, drain, request.into_inner()).await?))
     }
 }
 

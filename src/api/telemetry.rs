@@ -2,6 +2,7 @@
 
 use super::parse;
 use crate::{
+    auth::Caller,
     error::{Error, Failure, Violations},
     fleet::{Device, Registry},
     ingest::{Envelope, Ingest, Outcome, Reply, Run, SEQUENCE_MAX},
@@ -32,7 +33,7 @@ pub struct TelemetryApi {
 #[tonic::async_trait]
 impl TelemetryService for TelemetryApi {
     async fn upload(&self, request: Request<Streaming<pb::UploadRequest>>) -> Result<Response<pb::UploadResponse>, Status> {
-        let drain = Draining::of(request.extensions());
+        let (caller, drain) = (Caller::of(request.extensions()), Draining::of(request.extensions()));
         let mut inbound = request.into_inner();
         let first = tokio::select! {
             first = inbound.message() => first?,
@@ -42,6 +43,7 @@ impl TelemetryService for TelemetryApi {
             return Err(Error::invalid("device", "the call has no message; the first one names the device").into());
         };
         let (device, stream_id) = parse_first(&first)?;
+        caller.may_act_as(&device)?;
         let device = self.registry.get_or_register(&device).await?;
         let mut upload = Upload { device, stream_id, last: 0, summary: Summary::default() };
         let mut pending = FuturesOrdered::new();
@@ -82,11 +84,13 @@ impl TelemetryService for TelemetryApi {
         &self,
         request: Request<pb::GetUploadPositionRequest>,
     ) -> Result<Response<pb::GetUploadPositionResponse>, Status> {
+        let caller = Caller::of(request.extensions());
         let request = request.into_inner();
         let mut violations = Violations::new();
         let device = violations.check("device", DeviceId::parse(&request.device));
         let stream_id = parse::stream_id(&mut violations, &request.stream_id);
         let (Some(device), Some(stream_id)) = (device, stream_id) else { return Err(violations.into_error().into()) };
+        caller.may_act_as(&device)?;
         let last_durable_sequence = match self.registry.get(&device).await {
             Ok(device) => self.store.last_sequence(device.key, stream_id).await.map_err(Failure::from)?,
             Err(Failure::Refused(Error::DeviceNotFound(_))) => 0,

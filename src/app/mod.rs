@@ -11,8 +11,9 @@ pub mod signals;
 mod space;
 
 use crate::{
-    api::{ConfigApi, DeviceApi, DeviceLinkApi, LiveApi, ReadingApi, TelemetryApi},
-    config::Config,
+    api::{ConfigApi, CredentialApi, DeviceApi, DeviceLinkApi, LiveApi, OperatorApi, ReadingApi, TelemetryApi},
+    auth::{AuditLog, Authenticator, Directory},
+    config::{AuthMode, Config},
     fleet::{Configs, Registry, reconciler},
     history::{Exporter, Reader, Upkeep},
     http::HttpServer,
@@ -21,7 +22,7 @@ use crate::{
         writer::{self, Writer},
     },
     live::{Latest, Tail, follower::Sources},
-    middleware::{CallTracker, stack},
+    middleware::{CallTracker, Doors, stack},
     pb,
     store::{Store, StoreError},
     telemetry::{Metrics, Readiness},
@@ -89,6 +90,7 @@ pub struct Gateway {
     routes: Routes,
     listener: Listener,
     tls: Option<Tls>,
+    doors: Doors,
     reload: Arc<Notify>,
     http: HttpServer,
 }
@@ -116,6 +118,11 @@ impl Gateway {
         let http = HttpServer::bind(config.http.listen).await.map_err(listen_error("http.listen", config.http.listen))?;
 
         let store = Store::open(&config.storage).await?;
+        let doors = doors(&config, &store).await?;
+        let directory = Directory::new(store.clone(), doors.auth.clone());
+        if config.auth.mode == AuthMode::Required {
+            directory.begin(&config.storage.data_dir).await?;
+        }
         let registry = Registry::new(store.clone(), config.devices.auto_register, config.devices.devices_max);
         let configs = Configs::new(store.clone(), config.devices.config_bytes_max);
         let tail = Arc::new(Tail::new(store.last_position().await?, config.live.tail_bytes_max));
@@ -132,7 +139,8 @@ impl Gateway {
         let sources = Sources { store: store.clone(), tail, latest: latest.clone(), registry: registry.clone(), drain: stop.drain.clone() };
         let (health, health_service) = health::Health::new();
         health.set(false).await;
-        let services = Services { config: &config, ingest, registry: &registry, configs: &configs, sources, purge: &purge };
+        let services =
+            Services { config: &config, ingest, registry: &registry, configs: &configs, sources, purge: &purge, doors: &doors, directory };
         let routes = services.routes()?.add_service(health_service);
         let calls = CallTracker::new();
         Ok(Self {
@@ -152,6 +160,7 @@ impl Gateway {
             routes,
             listener,
             tls,
+            doors,
             reload: Arc::default(),
             http,
         })
@@ -203,6 +212,7 @@ impl Gateway {
             routes,
             listener,
             tls,
+            doors,
             reload,
             http,
         } = self;
@@ -212,12 +222,20 @@ impl Gateway {
         tasks.spawn(latest.clone().run(store.clone(), background.clone()));
         tasks.spawn(upkeep.run(background.clone()));
         let (publisher, registry_of_peers) = (writer.publisher(), registry.clone());
-        let peers = Peers { store: store.clone(), publisher, latest: latest.clone(), registry: registry_of_peers, configs };
+        let peers = Peers {
+            store: store.clone(),
+            publisher,
+            latest: latest.clone(),
+            registry: registry_of_peers,
+            configs,
+            auth: doors.auth.clone(),
+        };
         tasks.spawn(peers.run(background.clone()));
         let interval = config.devices.reconcile_interval;
         tasks.spawn(reconciler::run(store.clone(), registry, interval, background.clone()));
         tasks.spawn(run_purge(store.clone(), purge, background.clone()));
         tasks.spawn(health.clone().follow(readiness.clone(), metrics.clone(), background.clone()));
+        tasks.spawn(doors.audit.clone().keep_short(background.clone()));
         if let Some(tls) = tls {
             tasks.spawn(tls.watch(reload, background.clone()));
         }
@@ -233,7 +251,7 @@ impl Gateway {
         // On a thread of its own: among the tasks of all calls it would wait for its turn at each step of a transaction.
         let runtime = Handle::current();
         let mut writing = tokio::task::spawn_blocking(move || runtime.block_on(writer.run()));
-        let service = stack(&config.grpc, &metrics, &calls, routes);
+        let service = stack(&config.grpc, &metrics, &doors, &calls, routes);
         let mut serving = tokio::spawn(listener.serve(service, stop.clone()));
         readiness.set(COMPONENT, Ok(()));
 
@@ -287,6 +305,16 @@ async fn ended_by(deadline: Instant, task: &mut JoinHandle<()>) -> bool {
     task.is_finished() || timeout_at(deadline, task).await.is_ok()
 }
 
+async fn doors(config: &Config, store: &Store) -> Result<Doors, StoreError> {
+    Ok(match config.auth.mode {
+        AuthMode::Open => Doors { auth: Authenticator::open(), audit: AuditLog::off() },
+        AuthMode::Required => {
+            let audit = AuditLog::new(store.clone(), config.auth.audit_age);
+            Doors { auth: Authenticator::required(store.clone()).await?, audit }
+        }
+    })
+}
+
 /// What the services are made of.
 struct Services<'a> {
     config: &'a Config,
@@ -295,11 +323,13 @@ struct Services<'a> {
     configs: &'a Configs,
     sources: Sources,
     purge: &'a Arc<Notify>,
+    doors: &'a Doors,
+    directory: Directory,
 }
 
 impl Services<'_> {
     fn routes(self) -> Result<Routes, StartError> {
-        let Self { config, ingest, registry, configs, sources, purge } = self;
+        let Self { config, ingest, registry, configs, sources, purge, doors, directory } = self;
         let message_bytes_max = config.grpc.message_bytes_max;
         let unacknowledged_max = config.ingest.unacknowledged_batches_max;
         let store = sources.store.clone();
@@ -311,9 +341,13 @@ impl Services<'_> {
             store: store.clone(),
             latest: sources.latest.clone(),
             purge: purge.clone(),
+            auth: doors.auth.clone(),
             sensors_max: config.devices.sensors_max,
         };
-        let config_api = ConfigApi { registry: registry.clone(), configs: configs.clone(), store: store.clone() };
+        let audit = doors.audit.clone();
+        let config_api = ConfigApi { registry: registry.clone(), configs: configs.clone(), store: store.clone(), audit: audit.clone() };
+        let credential = CredentialApi { registry: registry.clone(), directory: directory.clone() };
+        let operator = OperatorApi { directory, audit };
         let reader = Reader::new(store.clone(), &config.query);
         let exporter = Exporter::new(store, registry.clone(), reader.clone(), config.export.concurrent_max);
         let reading = ReadingApi { registry: registry.clone(), reader, exporter };
@@ -334,6 +368,8 @@ impl Services<'_> {
             .add_service(service!(config_service_server, ConfigServiceServer, config_api))
             .add_service(service!(reading_service_server, ReadingServiceServer, reading))
             .add_service(service!(device_service_server, DeviceServiceServer, device))
+            .add_service(service!(credential_service_server, CredentialServiceServer, credential))
+            .add_service(service!(operator_service_server, OperatorServiceServer, operator))
             .add_service(reflection().build_v1()?)
             // Older tools still ask by this name.
             .add_service(reflection().build_v1alpha()?))
@@ -352,6 +388,15 @@ async fn run_purge(store: Store, purge: Arc<Notify>, stop: CancellationToken) {
     }
 }
 
+fn warn_of_openness(config: &Config) {
+    let who = if config.insecure { "--insecure lets that be more than this machine" } else { "only this machine can connect" };
+    if config.auth.mode == AuthMode::Open {
+        tracing::warn!("gateway.open: no credentials are asked for, so everybody who can connect can read and write; {who}");
+    } else if config.tls.certificate_file.as_os_str().is_empty() {
+        tracing::warn!("gateway.clear: there is no TLS, so everybody on the way can read along, tokens too; {who}");
+    }
+}
+
 /// Runs a gateway until SIGTERM or ctrl-C. An error says why it could not start; `Ok(false)`, that the grace period was too
 /// short for it to end well.
 pub async fn serve(config: Config) -> anyhow::Result<bool> {
@@ -360,11 +405,7 @@ pub async fn serve(config: Config) -> anyhow::Result<bool> {
     let gateway = Gateway::build(config).await?;
     gateway.announce();
     signals.reload_with(gateway.reload());
-    let insecure = gateway.config.insecure;
-    tracing::warn!(
-        "gateway.open: there are no credentials, so everybody who can connect can read and write{}",
-        if insecure { "; --insecure lets that be more than this machine" } else { "; only this machine can connect" }
-    );
+    warn_of_openness(&gateway.config);
     Ok(gateway.run_until(signals.stop()).await)
 }
 

@@ -4,6 +4,7 @@
 //! looked at anew. Beside that the log is looked at from time to time.
 
 use crate::{
+    auth::Authenticator,
     fleet::{Configs, Registry},
     live::{Latest, Publisher},
     store::{Change, DeviceKey, PostgresChanges, Store, StoreError},
@@ -23,6 +24,7 @@ pub(super) struct Peers {
     pub latest: Arc<Latest>,
     pub registry: Registry,
     pub configs: Configs,
+    pub auth: Authenticator,
 }
 
 impl Peers {
@@ -57,6 +59,7 @@ impl Peers {
                 Change::Log(position) => self.publisher.catch_up_to(position).await?,
                 Change::Device(device) => self.look_at_device(device).await?,
                 Change::Config(device) => self.look_at_config(device),
+                Change::Revocations => self.auth.catch_up().await?,
             }
         }
         Ok(())
@@ -70,6 +73,9 @@ impl Peers {
             if let Err(error) = self.publisher.catch_up().await {
                 return error;
             }
+            if let Err(error) = self.auth.catch_up().await {
+                return error;
+            }
         }
     }
 
@@ -78,6 +84,7 @@ impl Peers {
             self.look_at_device(device).await?;
             self.look_at_config(device);
         }
+        self.auth.catch_up().await?;
         self.publisher.catch_up().await
     }
 

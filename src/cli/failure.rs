@@ -132,6 +132,13 @@ fn hint(reason: Reason) -> Option<&'static str> {
         Reason::DeviceEtagMismatch => Some("`tidegate device show` shows the device as it is now."),
         Reason::PositionExpired => Some("Follow with `--from beginning`, or read the past with `tidegate query`."),
         Reason::QueryTooLarge => Some("Narrow it with --start, --end and --sensor."),
+        Reason::CredentialMissing => Some("--token-file or TIDEGATE_TOKEN names a token."),
+        Reason::CredentialInvalid | Reason::CredentialExpired | Reason::CredentialRevoked => {
+            Some("An administrator can make a new token: `tidegate operator token create`.")
+        }
+        Reason::PermissionDenied => Some("`tidegate whoami` shows your role and scope."),
+        Reason::OperatorNotFound => Some("`tidegate operator list` shows all operators."),
+        Reason::OperatorExists => Some("`tidegate operator update` changes it."),
         Reason::Internal => Some("The gateway's log has the cause."),
         Reason::InvalidArgument
         | Reason::ConfigTooLarge
@@ -140,7 +147,9 @@ fn hint(reason: Reason) -> Option<&'static str> {
         | Reason::Overloaded
         | Reason::Draining
         | Reason::DeadlineExceeded
-        | Reason::TooSlow => None,
+        | Reason::TooSlow
+        | Reason::CredentialNotFound
+        | Reason::EnrolmentKeyUsedUp => None,
     }
 }
 

@@ -8,12 +8,14 @@ mod backup;
 mod client;
 mod configure;
 mod copy;
+mod credential;
 mod credentials;
 mod device;
 mod export;
 mod failure;
 mod follow;
 mod health;
+mod operator;
 mod parse;
 mod print;
 mod progress;
@@ -65,6 +67,21 @@ enum Command {
     /// Register, show, change and delete devices.
     #[command(subcommand)]
     Device(device::DeviceCommand),
+    /// Make, list and revoke the tokens of devices.
+    #[command(subcommand)]
+    Credential(credential::CredentialCommand),
+    /// Make, list and revoke the keys with which devices enrol.
+    #[command(subcommand)]
+    EnrolmentKey(credential::EnrolmentKeyCommand),
+    /// Make a new device with an enrolment key (as the token), and print the device's token.
+    Enrol(credential::EnrolArgs),
+    /// Add, list, change and delete operators, and manage their tokens.
+    #[command(subcommand)]
+    Operator(operator::OperatorCommand),
+    /// Show what operators changed, newest first.
+    Audit(operator::AuditArgs),
+    /// Show as whom the gateway knows the caller.
+    Whoami(operator::ListArgs),
     /// Show readings as they are stored.
     Follow(follow::FollowArgs),
     /// Read stored readings.
@@ -125,6 +142,12 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Config(ConfigArgs { command: None, gateway }) => out.write_all(gateway.load()?.to_commented_toml().as_bytes())?,
         Command::Config(ConfigArgs { command: Some(command), .. }) => block_on(configure::run(command, out))?,
         Command::Device(command) => block_on(device::run(command, out))?,
+        Command::Credential(command) => block_on(credential::run(command, out))?,
+        Command::EnrolmentKey(command) => block_on(credential::run_keys(command, out))?,
+        Command::Enrol(args) => block_on(credential::enrol(args, out))?,
+        Command::Operator(command) => block_on(operator::run(command, out))?,
+        Command::Audit(args) => block_on(operator::audit(args, out))?,
+        Command::Whoami(args) => block_on(operator::whoami(args, out))?,
         Command::Follow(args) => block_on(follow::run(args, out))?,
         Command::Query(args) => block_on(query::run(args, out))?,
         Command::Export(args) => block_on(export::run(args, out))?,

@@ -31,6 +31,7 @@ pub struct Config {
     pub insecure: bool,
     pub grpc: Grpc,
     pub tls: Tls,
+    pub auth: Auth,
     pub http: Http,
     pub storage: Storage,
     pub ingest: Ingest,
@@ -89,6 +90,24 @@ pub struct Tls {
     #[serde(with = "duration")]
     pub handshake_timeout: Duration,
     pub handshakes_max: usize,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "SETTINGS documents each")]
+pub struct Auth {
+    pub mode: AuthMode,
+    #[serde(with = "duration")]
+    pub audit_age: Duration,
+}
+
+/// Whether callers are asked who they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AuthMode {
+    /// Everybody may do everything.
+    Open,
+    /// Everybody needs a credential.
+    Required,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -230,6 +249,7 @@ impl Default for Config {
                 handshake_timeout: Duration::from_secs(10),
                 handshakes_max: 1_000,
             },
+            auth: Auth { mode: AuthMode::Open, audit_age: Duration::from_secs(90 * 24 * 3600) },
             http: Http { listen: SocketAddr::from(([127, 0, 0, 1], 9464)) },
             storage: Storage {
                 url: DatabaseUrl::default(),
@@ -316,6 +336,10 @@ pub enum ConfigError {
     Wrong(Vec<WrongSetting>),
 }
 
+/// Why the gateway listens to this machine alone.
+const UNSECURED: &str = "a loopback address such as 127.0.0.1, unless auth.mode is required and, for grpc.listen, tls.certificate_file is set: \
+     everybody who can connect could read and write, or read along; or --insecure";
+
 /// Where settings come from besides the defaults; later ones win.
 #[derive(Debug, Clone, Default)]
 pub struct Sources {
@@ -363,9 +387,12 @@ impl Config {
     fn check_relations(&self, figment: &Figment) -> Vec<WrongSetting> {
         let mut wrong = Vec::new();
         let mut refuse = |key: &str, allowed: String| wrong.push(wrong_setting(figment, key, allowed));
-        for (key, address) in [("grpc.listen", self.grpc.listen), ("http.listen", self.http.listen)] {
-            if !address.ip().is_loopback() && !self.insecure {
-                refuse(key, "a loopback address such as 127.0.0.1, as there are no credentials and everybody who can connect could read and write; or --insecure".into());
+        let asks = self.auth.mode == AuthMode::Required;
+        let secured = asks && !self.tls.certificate_file.as_os_str().is_empty();
+        // Metrics and probes show no readings, and nothing can be changed there.
+        for (key, address, secured) in [("grpc.listen", self.grpc.listen, secured), ("http.listen", self.http.listen, asks)] {
+            if !address.ip().is_loopback() && !secured && !self.insecure {
+                refuse(key, UNSECURED.into());
             }
         }
         if self.ingest.batch_bytes_max > self.ingest.pending_bytes_max {

@@ -128,7 +128,7 @@ pub static SETTINGS: &[Setting] = &[
     setting(
         "insecure",
         Allowed::Flag,
-        "Listen on other than loopback addresses although there are no credentials: everybody who can connect can read and write.",
+        "Listen on other than loopback addresses although no credentials are asked for, or without TLS: everybody who can connect can read and write, or read along.",
     ),
     setting("grpc.listen", Allowed::Address, "Where devices and operators connect."),
     setting(
@@ -237,6 +237,12 @@ pub static SETTINGS: &[Setting] = &[
         Allowed::Count(1..=1_000_000),
         "How many TLS handshakes may be under way at once; further ones wait, within their time.",
     ),
+    setting(
+        "auth.mode",
+        Allowed::OneOf(&["open", "required"]),
+        "Whether callers are asked who they are. open: everybody may do everything. required: everybody needs a token or a client certificate, but for health checks.",
+    ),
+    setting("auth.audit_age", seconds(3600..=10_000 * 365 * DAY), "How long entries of the audit log are kept."),
     setting("http.listen", Allowed::Address, "Where /metrics, /livez and /readyz are served."),
     setting(
         "storage.url",

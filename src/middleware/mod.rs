@@ -3,6 +3,8 @@
 //! A layer is a `Layer`, a `Service`, a `Future` and, as most have to see how a call ends, a response body; none is boxed.
 //! What has to happen at the end of a call happens when its state is dropped, so it also happens when the client goes away.
 
+mod authenticate;
+mod authorize;
 mod body;
 pub mod deadline;
 pub mod drain;
@@ -23,7 +25,7 @@ pub use drain::{CallTracker, Draining};
 pub use method::{Family, Method};
 pub use patience::Patience;
 pub use request_id::RequestId;
-pub use stack::stack;
+pub use stack::{Doors, stack};
 pub use status::code_name;
 pub use unread::CallTask;
 

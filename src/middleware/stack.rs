@@ -1,6 +1,8 @@
 //! All layers, in their order.
 
 use super::{
+    authenticate::{AuthenticateLayer, Refusals},
+    authorize::AuthorizeLayer,
     deadline::DeadlineLayer,
     drain::{CallTracker, DrainLayer},
     metrics::MetricsLayer,
@@ -9,7 +11,11 @@ use super::{
     request_id::RequestIdLayer,
     shed::ShedLayer,
 };
-use crate::{config::Grpc, telemetry::Metrics};
+use crate::{
+    auth::{AuditLog, Authenticator},
+    config::Grpc,
+    telemetry::Metrics,
+};
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Body;
@@ -17,10 +23,20 @@ use std::convert::Infallible;
 use tonic::{Status, service::Routes};
 use tower::{BoxError, Service, ServiceBuilder};
 
+/// Who decides who may come in, and who notes it.
+#[derive(Clone)]
+pub struct Doors {
+    /// Finds out who calls.
+    pub auth: Authenticator,
+    /// Notes what operators do.
+    pub audit: AuditLog,
+}
+
 /// Puts all layers around the services. At a stop `calls` tells when the work is over.
 pub fn stack<A>(
     config: &Grpc,
     metrics: &Metrics,
+    doors: &Doors,
     calls: &CallTracker,
     routes: Routes,
 ) -> impl Service<
@@ -35,6 +51,7 @@ where
     A: Body<Data = Bytes> + Send + 'static,
     A::Error: Into<BoxError>,
 {
+    let refusals = Refusals::new(metrics);
     ServiceBuilder::new()
         // Outermost, as an idle gateway is one where all that the others log and count about calls is logged and counted.
         .layer(DrainLayer::new(calls.clone()))
@@ -46,7 +63,10 @@ where
         .layer(CatchPanicLayer::new(metrics))
         // Before all that costs something: a refusal must be cheap when there is too much to do.
         .layer(ShedLayer::new(config, metrics))
-        // Authentication goes here: behind the limits, so that guessing is limited, too; before a caller is given anything.
+        // Behind the limits, so that guessing is limited, too; before a caller is given anything.
+        .layer(AuthenticateLayer::new(doors.auth.clone(), refusals.clone()))
+        // Behind that, as it needs to know who calls; around all that could tell whether anything exists.
+        .layer(AuthorizeLayer::new(doors.audit.clone(), refusals))
         // What it ends is the handler's work alone.
         .layer(DeadlineLayer::new(config))
         // Innermost: it tells the handler, which ends its call itself, as it does with everything that is wrong with a request.

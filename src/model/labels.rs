@@ -107,6 +107,12 @@ impl LabelSelector {
         self.0.is_empty()
     }
 
+    /// The requirements of both.
+    pub fn and(mut self, other: &Self) -> Self {
+        self.0.extend(other.0.iter().filter(|requirement| !self.0.contains(requirement)).cloned().collect::<Vec<_>>());
+        self
+    }
+
     /// Whether `labels` meet every requirement.
     pub fn matches(&self, labels: &Labels) -> bool {
         self.0.iter().all(|requirement| match requirement {
@@ -136,6 +142,21 @@ impl Requirement {
     }
 }
 
+impl fmt::Display for LabelSelector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, requirement) in self.0.iter().enumerate() {
+            f.write_str(if index == 0 { "" } else { "," })?;
+            match requirement {
+                Requirement::Equals(key, value) => write!(f, "{key}={value}")?,
+                Requirement::Differs(key, value) => write!(f, "{key}!={value}")?,
+                Requirement::Exists(key) => f.write_str(key)?,
+                Requirement::Missing(key) => write!(f, "!{key}")?,
+            }
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -161,8 +182,18 @@ mod tests {
             ("!site", false),
         ] {
             let parsed = LabelSelector::parse(selector).expect(selector);
+            assert_eq!(LabelSelector::parse(&parsed.to_string()), Ok(parsed.clone()), "its text is read back");
             assert_eq!(parsed.matches(&berlin), expected, "{selector}");
         }
+    }
+
+    #[test]
+    fn both_of_two_selectors_must_match() {
+        let parse = |text| LabelSelector::parse(text).expect("good");
+        let both = parse("site=berlin").and(&parse("floor,site=berlin"));
+        assert_eq!(both.to_string(), "site=berlin,floor");
+        assert!(!parse("site=berlin").and(&parse("site=paris")).matches(&labels(&[("site", "berlin")])));
+        assert!(parse("").and(&parse("")).is_empty());
     }
 
     #[test]

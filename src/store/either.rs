@@ -1,8 +1,9 @@
 //! One face for both databases: each method says what every store does, and hands on to the one that the gateway runs on.
 
 use super::{
-    ChunkSpan, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, Count, DeviceKey, DeviceRow, Extent, LatestRow, LedgerRow, LogRow,
-    LogSize, Migrated, NewChunk, NewLogRow, NewRejection, SensorRow, StoreError, StreamChange, StreamRow, Unmerged,
+    AuditQuery, AuditRow, ChunkSpan, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, Count, CredentialKind, CredentialRow, DeviceKey,
+    DeviceRow, Extent, LatestRow, LedgerRow, LogRow, LogSize, Migrated, NewChunk, NewLogRow, NewRejection, OperatorKey, OperatorRow,
+    SensorRow, StoreError, StreamChange, StreamRow, Unmerged,
     postgres::{PostgresChanges, PostgresStore, PostgresTx, answered},
     sqlite::{SqliteStore, SqliteTx},
 };
@@ -203,6 +204,33 @@ impl Store {
         /// All latest readings, and the position that they are as of.
         async fn latest(&self) -> Result<(Position, Vec<LatestRow>), StoreError>;
 
+        /// How many operators there are.
+        async fn operators_len(&self) -> Result<usize, StoreError>;
+
+        /// An operator by its name.
+        async fn operator(&self, name: &str) -> Result<Option<OperatorRow>, StoreError>;
+
+        /// An operator by its number.
+        async fn operator_by_key(&self, operator: OperatorKey) -> Result<Option<OperatorRow>, StoreError>;
+
+        /// Operators in the order of their names, behind the name `after`: at most `rows_max`.
+        async fn operators(&self, after: &str, rows_max: usize) -> Result<Vec<OperatorRow>, StoreError>;
+
+        /// A credential by its id.
+        async fn credential(&self, id: &str) -> Result<Option<CredentialRow>, StoreError>;
+
+        /// The credentials of a device or an operator, or all enrolment keys (of owner 0), in the order of their creation.
+        async fn credentials(&self, kind: CredentialKind, owner: i64) -> Result<Vec<CredentialRow>, StoreError>;
+
+        /// The number of the last revocation; 0 when there is none.
+        async fn last_revocation(&self) -> Result<i64, StoreError>;
+
+        /// The revocations behind a number, in the order of commits: number and credential.
+        async fn revocations_after(&self, after: i64) -> Result<Vec<(i64, String)>, StoreError>;
+
+        /// Entries of the audit log, newest first.
+        async fn audit(&self, query: &AuditQuery) -> Result<Vec<AuditRow>, StoreError>;
+
         /// Writes latest readings that changed, unless later ones are there, but none of a device that was deleted meanwhile: nobody would delete them any more.
         /// With a `position`, what is there is now as of it.
         async fn save_latest(&self, rows: &[LatestRow], position: Option<Position>) -> Result<(), StoreError>;
@@ -311,6 +339,34 @@ impl WriteTx<'_> {
 
         /// Notes that a revision was sent to the device. Whether anything changed.
         async fn note_delivered(&mut self, device: DeviceKey, revision: u64, now: Timestamp) -> Result<bool, StoreError>;
+
+        /// Adds an operator; `None` when the name is taken.
+        async fn insert_operator(&mut self, name: &str, role: i32, scope: &str, now: Timestamp) -> Result<Option<OperatorRow>, StoreError>;
+
+        /// Changes an operator, and tells all gateways to look at its tokens anew; `None` when there is none.
+        async fn update_operator(&mut self, operator: OperatorKey, role: i32, scope: &str, now: Timestamp) -> Result<Option<OperatorRow>, StoreError>;
+
+        /// Deletes an operator with its tokens; whether there was one.
+        async fn delete_operator(&mut self, operator: OperatorKey, now: Timestamp) -> Result<bool, StoreError>;
+
+        /// Adds a credential, whose id is new.
+        async fn insert_credential(&mut self, row: &CredentialRow) -> Result<(), StoreError>;
+
+        /// Deletes a credential, and tells all gateways; whether there was one.
+        async fn revoke_credential(&mut self, id: &str, now: Timestamp) -> Result<bool, StoreError>;
+
+        /// Counts one more device that an enrolment key enrols; whether it may.
+        async fn use_enrolment_key(&mut self, id: &str) -> Result<bool, StoreError>;
+
+        /// Takes back what [`use_enrolment_key`](Self::use_enrolment_key) has counted.
+        async fn give_back_enrolment_key(&mut self, id: &str) -> Result<(), StoreError>;
+
+        /// Adds an entry to the audit log.
+        async fn insert_audit(&mut self, row: &AuditRow) -> Result<(), StoreError>;
+
+        /// Deletes the entries of the audit log, and of the list of revocations, that are from before these times. How many entries
+        /// of the audit log that were.
+        async fn forget_identity_before(&mut self, audit: Timestamp, revocations: Timestamp) -> Result<u64, StoreError>;
 
         /// Notes what a device reported. A report on a revision that was never set is void, as is one on a revision older than
         /// the last reported one, unless it says that the device went back from what it runs with. Whether anything changed.

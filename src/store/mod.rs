@@ -5,11 +5,13 @@
 
 pub mod copy;
 mod either;
+mod identity;
 mod postgres;
 mod rows;
 mod sqlite;
 
 pub use either::{Store, WriteTx};
+pub use identity::{AuditQuery, AuditRow, CredentialKind, CredentialRow, OperatorKey, OperatorRow};
 pub use postgres::PostgresChanges;
 pub use sqlite::backup;
 
@@ -112,6 +114,8 @@ pub enum Change {
     Device(DeviceKey),
     /// A device's configuration, or how far it has come.
     Config(DeviceKey),
+    /// Some credentials were revoked, or are of operators that were changed.
+    Revocations,
 }
 
 /// What bringing a database to this version's form took.

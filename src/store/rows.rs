@@ -7,8 +7,8 @@ macro_rules! row_readers {
             history::chunk::{Chunk, Encoding},
             model::{DeviceId, Labels, Position, Timestamp, ValueKind},
             store::{
-                ConfigOutcome, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, Count, DeviceKey, DeviceRow, LogRow, LogSize, SensorRow,
-                StoreError,
+                AuditRow, ConfigOutcome, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, Count, CredentialKind, CredentialRow,
+                DeviceKey, DeviceRow, LogRow, LogSize, OperatorKey, OperatorRow, SensorRow, StoreError,
             },
         };
         use bytes::Bytes;
@@ -62,6 +62,49 @@ macro_rules! row_readers {
                 revision: column(row, "revision")?,
                 create_time: time_column(row, "create_time")?,
                 update_time: time_column(row, "update_time")?,
+            })
+        }
+
+        pub fn operator_row(row: &$row) -> Result<OperatorRow, StoreError> {
+            Ok(OperatorRow {
+                key: OperatorKey(column(row, "operator_id")?),
+                name: column(row, "name")?,
+                role: column(row, "role")?,
+                scope: column(row, "scope")?,
+                create_time: time_column(row, "create_time")?,
+                update_time: time_column(row, "update_time")?,
+            })
+        }
+
+        pub fn credential_row(row: &$row) -> Result<CredentialRow, StoreError> {
+            let (id, labels): (String, String) = (column(row, "id")?, column(row, "labels")?);
+            let (kind, expire_micros): (i32, i64) = (column(row, "kind")?, column(row, "expire_time")?);
+            let damaged = |what: &str| StoreError::Damaged(format!("the {what} of credential {id}"));
+            Ok(CredentialRow {
+                kind: CredentialKind::from_code(kind).ok_or_else(|| damaged("kind"))?,
+                labels: Labels::from_json(&labels).map_err(|_| damaged("labels"))?,
+                owner: column(row, "owner")?,
+                secret_hash: column(row, "secret_hash")?,
+                description: column(row, "description")?,
+                uses: count_column(row, "uses")?,
+                uses_max: count_column(row, "uses_max")?,
+                create_time: time_column(row, "create_time")?,
+                expire_time: if expire_micros == 0 { None } else { Some(time_column(row, "expire_time")?) },
+                id,
+            })
+        }
+
+        pub fn audit_row(row: &$row) -> Result<AuditRow, StoreError> {
+            Ok(AuditRow {
+                key: column(row, "entry_id")?,
+                time: time_column(row, "time")?,
+                actor: column(row, "actor")?,
+                credential: column(row, "credential")?,
+                method: column(row, "method")?,
+                resource: column(row, "resource")?,
+                outcome: column(row, "outcome")?,
+                peer: column(row, "peer")?,
+                request_id: column(row, "request_id")?,
             })
         }
 

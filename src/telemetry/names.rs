@@ -82,6 +82,9 @@ pub const GRPC_REQUESTS_UNREAD: &str = "tidegate_grpc_requests_unread_total";
 pub const GRPC_CONNECTIONS: &str = "tidegate_grpc_connections_total";
 /// Connections that the operating system could not hand over.
 pub const GRPC_ACCEPT_ERRORS: &str = "tidegate_grpc_accept_errors_total";
+/// Calls refused for want of a right or a credential. `reason`: `CREDENTIAL_MISSING`, `CREDENTIAL_INVALID`, `CREDENTIAL_EXPIRED`,
+/// `CREDENTIAL_REVOKED`, `PERMISSION_DENIED`.
+pub const AUTH_REFUSALS: &str = "tidegate_auth_refusals_total";
 /// TLS handshakes. `outcome`: `done`, `failed`, `timed_out`.
 pub const TLS_HANDSHAKES: &str = "tidegate_tls_handshakes_total";
 /// Changes of the TLS files. `outcome`: `loaded`, `refused`.
@@ -196,6 +199,13 @@ pub static METRICS: &[Metric] = &[
         "errors",
         &[],
         "Connections that the operating system could not hand over, for example for want of file descriptors.",
+    ),
+    metric(
+        AUTH_REFUSALS,
+        Kind::Counter,
+        "refusals",
+        &["reason"],
+        "Calls refused, or ended, for want of a credential or a right to make them, by the reason that the caller was told.",
     ),
     metric(TLS_HANDSHAKES, Kind::Counter, "handshakes", &["outcome"], "TLS handshakes that came to an end, by how."),
     metric(

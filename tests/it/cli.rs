@@ -19,15 +19,21 @@ fn tidegate() -> Command {
 struct Gateway {
     process: Child,
     endpoint: String,
-    _data: tempfile::TempDir,
+    token: String,
+    data: tempfile::TempDir,
 }
 
 impl Gateway {
     fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    fn start_with(settings: &[&str]) -> Self {
         let data = tempfile::tempdir().expect("a directory");
         let mut process = tidegate()
             .args(["--grpc-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--log-format", "json", "--storage-data-dir"])
             .arg(data.path())
+            .args(settings)
             .stderr(Stdio::piped())
             .spawn()
             .expect("the binary runs");
@@ -39,12 +45,15 @@ impl Gateway {
         let endpoint = format!("http://{}", serving["grpc"].as_str().expect("its address"));
         // A pipe that nobody reads would block the gateway's log at last.
         std::thread::spawn(move || log.for_each(drop));
-        Self { process, endpoint, _data: data }
+        Self { process, endpoint, token: String::new(), data }
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = tidegate();
         command.args(arguments).env("TIDEGATE_ENDPOINT", &self.endpoint);
+        if !self.token.is_empty() {
+            command.env("TIDEGATE_TOKEN", &self.token);
+        }
         command
     }
 
@@ -95,6 +104,44 @@ impl Drop for Gateway {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
+    }
+}
+
+/// Scenario: a gateway that asks for credentials, from its first start to an operator and devices that have theirs. Guarantee: each
+/// command does what it says, for those who may, and is noted.
+#[test]
+fn tokens_from_the_first_administrators_to_a_devices() {
+    let mut gateway = Gateway::start_with(&["--auth-mode", "required"]);
+    assert!(gateway.fails(1, &["device", "list"]).contains("reason: CREDENTIAL_MISSING"));
+    assert_eq!(gateway.ok(&["health"]), "");
+    let first = std::fs::read_to_string(gateway.data.path().join("admin-token")).expect("left at the first start");
+    gateway.token = first.trim().to_owned();
+    assert!(gateway.ok(&["whoami"]).starts_with("operators/admin\nrole: admin\n"));
+    gateway.ok(&["operator", "create", "alice", "--role", "operator", "--scope", "site=berlin"]);
+    assert!(gateway.ok(&["operator", "list"]).contains("alice"));
+    let alice = gateway.ok(&["operator", "token", "create", "alice", "--expires", "90d"]).trim().to_owned();
+
+    let admin = std::mem::replace(&mut gateway.token, alice);
+    assert!(gateway.fails(1, &["operator", "list"]).contains("reason: PERMISSION_DENIED"));
+    gateway.ok(&["device", "create", "pump-1", "--label", "site=berlin"]);
+    assert!(gateway.fails(1, &["device", "create", "pump-2", "--label", "site=paris"]).contains("reason: PERMISSION_DENIED"));
+    let token = gateway.ok(&["credential", "create", "pump-1", "--description", "in the cabinet"]);
+    let id = token.split('_').nth(1).expect("its id");
+    assert!(token.starts_with("tgd_") && gateway.ok(&["credential", "list", "pump-1"]).contains(id));
+    assert_eq!(gateway.ok(&["credential", "revoke", "pump-1", id]), format!("{id} is void\n"));
+    assert!(gateway.fails(1, &["credential", "revoke", "pump-1", id]).contains("reason: CREDENTIAL_NOT_FOUND"));
+    let key = gateway.ok(&["enrolment-key", "create", "--uses", "1", "--expires", "7d", "--label", "site=berlin"]).trim().to_owned();
+    assert!(gateway.ok(&["enrolment-key", "list"]).contains("0 of 1"));
+
+    let alice = std::mem::replace(&mut gateway.token, key);
+    gateway.token = gateway.ok(&["enrol", "pump-3"]).trim().to_owned();
+    assert_eq!(gateway.ok(&["whoami"]).lines().next(), Some("devices/pump-3"));
+    gateway.token = alice;
+    assert!(gateway.ok(&["device", "show", "pump-3"]).contains("site=berlin"));
+    gateway.token = admin;
+    let audit = gateway.ok(&["audit", "--actor", "operators/alice", "--since", "1h"]);
+    for noted in ["RevokeDeviceCredential", "CreateEnrolmentKey", "devices/pump-1", "PERMISSION_DENIED"] {
+        assert!(audit.contains(noted), "{noted} is not in {audit}");
     }
 }
 

@@ -20,6 +20,8 @@ mod floods;
 mod follow;
 mod formats;
 mod gateways;
+mod identity;
+mod identity_matrix;
 mod kills;
 mod lifecycle;
 mod link;

@@ -1,6 +1,6 @@
 //! Guarantee: at a call's deadline the work on it stops and the client is told DEADLINE_EXCEEDED, wherever the call stands.
 
-use super::support::{Gateway, Services, eventually, follow, position_of, reason, soon};
+use super::support::{Gateway, Services, doors, eventually, follow, position_of, reason, soon};
 use crate::{
     config::Config,
     middleware::{CallTracker, stack},
@@ -72,7 +72,7 @@ async fn handlers_know_their_deadline() {
 #[tokio::test]
 async fn what_the_client_asks_for_is_kept_or_refused() {
     let services = Services::default();
-    let stack = stack(&Config::default().grpc, &Metrics::new(), &CallTracker::new(), services.routes().await);
+    let stack = stack(&Config::default().grpc, &Metrics::new(), &doors(), &CallTracker::new(), services.routes().await);
     let ask = |timeout: &str| {
         // GetUploadPositionRequest { device: "hang" }
         let message = Body::new(http_body_util::Full::from(&b"\0\0\0\0\x06\x0a\x04hang"[..]));

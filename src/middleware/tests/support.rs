@@ -3,9 +3,10 @@
 use crate::{
     api::driven::driven,
     app::listener::{Listener, Stop},
+    auth::{AuditLog, Authenticator},
     config::{Config, Grpc},
     error::StatusFacts,
-    middleware::{CallTracker, Deadline, stack},
+    middleware::{CallTracker, Deadline, Doors, stack},
     pb::{
         FollowRequest, FollowResponse, GetUploadPositionRequest, GetUploadPositionResponse, Heartbeat, UploadRequest, UploadResponse,
         follow_response::Message,
@@ -127,6 +128,11 @@ impl LiveService for Handlers {
     }
 }
 
+/// Doors that stand open.
+pub fn doors() -> Doors {
+    Doors { auth: Authenticator::open(), audit: AuditLog::off() }
+}
+
 /// All that serves, and what tests look at.
 pub struct Gateway {
     pub address: SocketAddr,
@@ -146,7 +152,7 @@ impl Gateway {
         let (metrics, calls, stop, services) = (Metrics::new(), CallTracker::new(), Stop::default(), Services::default());
         let listener = Listener::bind(&config, &metrics).await.expect("a free port");
         let address = listener.local_addr();
-        let stack = stack(&config, &metrics, &calls, services.routes().await);
+        let stack = stack(&config, &metrics, &doors(), &calls, services.routes().await);
         let serving = tokio::spawn(listener.serve(stack, stop.clone()));
         Self { address, metrics, services, calls, stop, serving }
     }

@@ -48,6 +48,7 @@ pub(super) fn payload(gateway: Uuid, change: Change) -> String {
         Change::Log(position) => format!("{}{}", log_payload(gateway), position.0),
         Change::Device(device) => format!("{} device {}", gateway.simple(), device.0),
         Change::Config(device) => format!("{} config {}", gateway.simple(), device.0),
+        Change::Revocations => format!("{} revocations 0", gateway.simple()),
     }
 }
 
@@ -65,6 +66,7 @@ fn parse(payload: &str, gateway: Uuid) -> Option<Change> {
         "log" => Change::Log(Position(number)),
         "device" => Change::Device(DeviceKey(number)),
         "config" => Change::Config(DeviceKey(number)),
+        "revocations" => Change::Revocations,
         _ => return None,
     };
     (!from_self).then_some(change)
@@ -77,7 +79,7 @@ mod tests {
     #[test]
     fn a_payload_is_understood_by_others_and_ignored_by_its_own_gateway() {
         let (here, there) = (Uuid::new_v4(), Uuid::new_v4());
-        for change in [Change::Log(Position(7)), Change::Device(DeviceKey(8)), Change::Config(DeviceKey(9))] {
+        for change in [Change::Log(Position(7)), Change::Device(DeviceKey(8)), Change::Config(DeviceKey(9)), Change::Revocations] {
             let payload = payload(here, change);
             assert_eq!((parse(&payload, there), parse(&payload, here)), (Some(change), None));
         }

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     model::{DeviceId, Labels, Timestamp},
-    store::{Change, DeviceKey, DeviceRow, SensorRow, StoreError},
+    store::{Change, CredentialKind, DeviceKey, DeviceRow, SensorRow, StoreError},
 };
 use sqlx::Row;
 
@@ -69,6 +69,7 @@ impl PostgresTx<'_> {
     /// Its streams go at once: a gateway that still takes batches for it finds no row to move on.
     pub async fn delete_device(&mut self, device: DeviceKey) -> Result<(), StoreError> {
         self.retire_configs(device).await?;
+        self.revoke_owned(CredentialKind::Device, device.0, Timestamp::now()).await?;
         for statement in [
             "DELETE FROM devices WHERE device_id = $1",
             "DELETE FROM streams WHERE device_id = $1",

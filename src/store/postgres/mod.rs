@@ -9,6 +9,7 @@ mod changes;
 mod chunks;
 mod config;
 mod devices;
+mod identity;
 mod latest;
 mod log;
 mod rows;

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     model::{DeviceId, Labels, Timestamp},
-    store::{DeviceKey, DeviceRow, SensorRow, StoreError},
+    store::{CredentialKind, DeviceKey, DeviceRow, SensorRow, StoreError},
 };
 use sqlx::Row;
 
@@ -61,6 +61,7 @@ impl SqliteTx<'_> {
 
     pub async fn delete_device(&mut self, device: DeviceKey) -> Result<(), StoreError> {
         self.retire_configs(device).await?;
+        self.revoke_owned(CredentialKind::Device, device.0, Timestamp::now()).await?;
         sqlx::query("DELETE FROM devices WHERE device_id = ?").bind(device.0).execute(&mut self.connection).await?;
         sqlx::query("INSERT OR IGNORE INTO deleted_devices (device_id) VALUES (?)").bind(device.0).execute(&mut self.connection).await?;
         Ok(())

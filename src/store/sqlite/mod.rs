@@ -5,6 +5,7 @@ mod checkpoint;
 mod chunks;
 mod config;
 mod devices;
+mod identity;
 mod latest;
 mod log;
 mod rows;

@@ -6,11 +6,13 @@ pub mod database;
 #[cfg(target_os = "linux")]
 pub mod disk;
 pub mod h2_raw;
+pub mod identity;
 pub mod load;
 pub mod postgres;
 pub mod process;
 pub mod proxy;
 pub mod random;
+pub mod raw;
 pub mod script;
 #[cfg(target_os = "linux")]
 pub mod siege;

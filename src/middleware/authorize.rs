@@ -1,0 +1,189 @@
+//! Refuses calls that are not the caller's to make, and notes those of operators that change something.
+//!
+//! A call that is noted is answered when its note is in the store; one that its client gives up is noted as CANCELLED.
+
+use super::{
+    authenticate::Refusals,
+    body::GuardedBody,
+    method::Method,
+    request_id::RequestId,
+    status::{code_in, code_name},
+};
+use crate::{
+    auth::{AuditLog, Caller, Rule},
+    error::Error,
+    model::Timestamp,
+    store::AuditRow,
+};
+use bytes::Bytes;
+use http::{Extensions, Request, Response};
+use http_body::Body;
+use parking_lot::Mutex;
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+use tokio::{runtime::Handle, task::JoinHandle};
+use tonic::{Code, Status, transport::server::TcpConnectInfo};
+use tower::{Layer, Service};
+
+/// Holds calls to the policy; see the module.
+#[derive(Clone)]
+pub struct AuthorizeLayer {
+    audit: AuditLog,
+    refusals: Refusals,
+}
+
+impl AuthorizeLayer {
+    /// Notes in `audit`.
+    pub fn new(audit: AuditLog, refusals: Refusals) -> Self {
+        Self { audit, refusals }
+    }
+}
+
+impl<S> Layer<S> for AuthorizeLayer {
+    type Service = AuthorizeService<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        AuthorizeService { inner, layer: self.clone() }
+    }
+}
+
+/// [`AuthorizeLayer`]'s service.
+#[derive(Clone)]
+pub struct AuthorizeService<S> {
+    inner: S,
+    layer: AuthorizeLayer,
+}
+
+impl<S, A, B> Service<Request<A>> for AuthorizeService<S>
+where
+    S: Service<Request<A>, Response = Response<B>>,
+    B: Body<Data = Bytes>,
+{
+    type Response = Response<AuthorizeBody<B>>;
+    type Error = S::Error;
+    type Future = AuthorizeFuture<S::Future, B>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<A>) -> Self::Future {
+        let method = Method::of(request.uri().path());
+        let (rule, mut caller) = (Rule::of(method), Caller::of(request.extensions()));
+        let note = (rule.audited && self.layer.audit.notes(&caller)).then(|| {
+            let resource = Arc::<Mutex<String>>::default();
+            caller.resource = Some(resource.clone());
+            Note { row: Some(row(method, &caller, request.extensions())), resource, audit: self.layer.audit.clone() }
+        });
+        match rule.access.check(&caller.grant.principal) {
+            Ok(()) => {
+                if note.is_some() {
+                    request.extensions_mut().insert(caller);
+                }
+                AuthorizeFuture::Running { inner: self.inner.call(request), note }
+            }
+            Err(error) => {
+                self.layer.refusals.count(&error);
+                AuthorizeFuture::Refused { error: Some(error), note }
+            }
+        }
+    }
+}
+
+fn row(method: &Method, caller: &Caller, extensions: &Extensions) -> AuditRow {
+    let peer = extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
+    AuditRow {
+        key: 0,
+        time: Timestamp::now(),
+        actor: caller.grant.actor(),
+        credential: caller.grant.credential.clone(),
+        method: method.name.clone(),
+        resource: String::new(),
+        outcome: String::new(),
+        peer: peer.map(|peer| peer.to_string()).unwrap_or_default(),
+        request_id: extensions.get::<RequestId>().map(ToString::to_string).unwrap_or_default(),
+    }
+}
+
+/// What is to be noted of a call.
+struct Note {
+    row: Option<AuditRow>,
+    resource: Arc<Mutex<String>>,
+    audit: AuditLog,
+}
+
+impl Note {
+    /// Notes it on a task of its own, which goes on when the client goes away.
+    fn write(&mut self, code: Code) -> Option<JoinHandle<()>> {
+        let mut row = self.row.take()?;
+        row.time = Timestamp::now();
+        row.resource = std::mem::take(&mut *self.resource.lock());
+        row.outcome = code_name(code).to_owned();
+        let audit = self.audit.clone();
+        Some(Handle::try_current().ok()?.spawn(async move { audit.note(row).await }))
+    }
+}
+
+impl Drop for Note {
+    fn drop(&mut self) {
+        self.write(Code::Cancelled);
+    }
+}
+
+/// [`AuthorizeService`]'s response body.
+pub type AuthorizeBody<B> = GuardedBody<B, ()>;
+
+pin_project_lite::pin_project! {
+    /// [`AuthorizeService`]'s future.
+    #[project = AuthorizeProjection]
+    #[allow(missing_docs, private_interfaces, reason = "its variants are the layer's own")]
+    pub enum AuthorizeFuture<F, B> {
+        Running {
+            #[pin]
+            inner: F,
+            note: Option<Note>,
+        },
+        Refused {
+            error: Option<Error>,
+            note: Option<Note>,
+        },
+        Noting {
+            #[pin]
+            written: JoinHandle<()>,
+            response: Option<Response<AuthorizeBody<B>>>,
+        },
+    }
+}
+
+impl<F, B, E> Future for AuthorizeFuture<F, B>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+{
+    type Output = Result<Response<AuthorizeBody<B>>, E>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        loop {
+            let (response, note) = match self.as_mut().project() {
+                AuthorizeProjection::Running { inner, note } => match ready!(inner.poll(cx)) {
+                    Ok(response) => (response.map(|body| GuardedBody::new(body, None)), note.take()),
+                    Err(error) => return Poll::Ready(Err(error)),
+                },
+                AuthorizeProjection::Refused { error, note } => {
+                    let error = error.take().expect("a future is not polled after its end");
+                    (Status::from(error).into_http(), note.take())
+                }
+                AuthorizeProjection::Noting { written, response } => {
+                    // A panic of it was told by the runtime; the call is answered all the same.
+                    let _ = ready!(written.poll(cx));
+                    return Poll::Ready(Ok(response.take().expect("a future is not polled after its end")));
+                }
+            };
+            let code = code_in(response.headers()).unwrap_or(Code::Ok);
+            let Some(written) = note.and_then(|mut note| note.write(code)) else { return Poll::Ready(Ok(response)) };
+            self.set(Self::Noting { written, response: Some(response) });
+        }
+    }
+}
