@@ -110,7 +110,7 @@ fn only_loopback_without_credentials_unless_insecure() {
 
 #[test]
 fn limits_that_relate_are_checked_together() {
-    let found = wrong(load(&[], &[("ingest.batch_bytes_max", "8388608"), ("shutdown.notice", "25s")]));
+    let found = wrong(load(&[], &[("ingest.batch_bytes_max", "8388608"), ("export.concurrent_max", "8"), ("shutdown.notice", "25s")]));
     let keys: Vec<&str> = found.iter().map(|wrong| wrong.key.as_str()).collect();
-    assert_eq!(keys, ["ingest.batch_bytes_max", "shutdown.notice"]);
+    assert_eq!(keys, ["ingest.batch_bytes_max", "export.concurrent_max", "shutdown.notice"]);
 }

@@ -415,6 +415,9 @@ impl Config {
         if self.grpc.message_bytes_max > self.grpc.incoming_bytes_max {
             refuse("grpc.message_bytes_max", format!("at most grpc.incoming_bytes_max, which is {}", self.grpc.incoming_bytes_max));
         }
+        if self.export.concurrent_max >= self.query.concurrent_max {
+            refuse("export.concurrent_max", format!("less than query.concurrent_max, which is {}", self.query.concurrent_max));
+        }
         if self.shutdown.notice >= self.shutdown.grace {
             refuse("shutdown.notice", "less than shutdown.grace".into());
         }

@@ -360,13 +360,13 @@ pub static SETTINGS: &[Setting] = &[
     ),
     setting(
         "query.concurrent_max",
-        Allowed::Count(1..=1_000),
+        Allowed::Count(2..=1_000),
         "How many queries are worked on at once, each until the client has taken its answer; further ones wait for 10 s, and are then refused with OVERLOADED.",
     ),
     setting(
         "export.concurrent_max",
         Allowed::Count(1..=1_000),
-        "How many exports may be under way at once; a further one is refused with OVERLOADED. Each has one query at a time: fewer than query.concurrent_max leave some for others.",
+        "How many exports may be under way at once; a further one is refused with OVERLOADED. Each has one query at a time: query.concurrent_max must be larger, so that some are left for others.",
     ),
     setting(
         "shutdown.notice",
