@@ -4,7 +4,7 @@ use super::{
     AuditQuery, AuditRow, ChunkSpan, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, Count, CredentialKind, CredentialRow, DeviceKey,
     DeviceRow, Extent, LatestRow, LedgerRow, LogRow, LogSize, Migrated, NewChunk, NewLogRow, NewRejection, OperatorKey, OperatorRow,
     SensorRow, StoreError, StreamChange, StreamRow, Unmerged,
-    postgres::{PostgresChanges, PostgresStore, PostgresTx, answered},
+    postgres::{PostgresChanges, PostgresStore, PostgresTx, answered, read},
     sqlite::{SqliteStore, SqliteTx},
 };
 use crate::{
@@ -31,7 +31,7 @@ pub enum WriteTx<'a> {
     Postgres(PostgresTx<'a>),
 }
 
-/// Methods that call the same method of the store or transaction at hand.
+/// Methods that call the same method of the store or transaction at hand; those of the store only read.
 macro_rules! hand_on {
     () => {};
     ($(#[$doc:meta])* async fn $name:ident(&self $(, $arg:ident: $type:ty)* $(,)?) -> $result:ty; $($rest:tt)*) => {
@@ -39,7 +39,7 @@ macro_rules! hand_on {
         pub async fn $name(&self $(, $arg: $type)*) -> $result {
             match self {
                 Self::Sqlite(store) => store.$name($($arg),*).await,
-                Self::Postgres(store) => store.$name($($arg),*).await,
+                Self::Postgres(store) => read(store.$name($($arg),*)).await,
             }
         }
         hand_on! { $($rest)* }
@@ -80,7 +80,7 @@ impl Store {
     pub async fn changes(&self) -> Result<Option<PostgresChanges>, StoreError> {
         match self {
             Self::Sqlite(_) => Ok(None),
-            Self::Postgres(store) => Ok(Some(store.changes().await?)),
+            Self::Postgres(store) => Ok(Some(answered(store.changes()).await?)),
         }
     }
 
@@ -100,10 +100,49 @@ impl Store {
         }
     }
 
-    hand_on! {
-        /// Whether the database takes a durable write now.
-        async fn probe_write(&self) -> Result<(), StoreError>;
+    /// Whether the database takes a durable write now.
+    pub async fn probe_write(&self) -> Result<(), StoreError> {
+        match self {
+            Self::Sqlite(store) => store.probe_write().await,
+            Self::Postgres(store) => store.probe_write().await,
+        }
+    }
 
+    /// Whether this gateway is, or from now on can be, the one that merges, prunes and expires what all have stored.
+    pub async fn lead_upkeep(&self) -> Result<bool, StoreError> {
+        match self {
+            Self::Sqlite(_) => Ok(true),
+            Self::Postgres(store) => store.lead_upkeep().await,
+        }
+    }
+
+    /// Gives some of what deleting left free back to the file system, but `keep_bytes` of it; whether there is more to give.
+    pub async fn release_space(&self, keep_bytes: u64) -> Result<bool, StoreError> {
+        match self {
+            Self::Sqlite(store) => store.release_space(keep_bytes).await,
+            // The server's own vacuum does it.
+            Self::Postgres(_) => Ok(false),
+        }
+    }
+
+    /// Deletes what deleted devices left, some rows a transaction, until nothing is left.
+    pub async fn purge_deleted(&self) -> Result<(), StoreError> {
+        match self {
+            Self::Sqlite(store) => store.purge_deleted().await,
+            Self::Postgres(store) => store.purge_deleted().await,
+        }
+    }
+
+    /// Writes latest readings that changed, unless later ones of another gateway are there, but none of a device that was deleted
+    /// meanwhile: nobody would delete them any more. With a `position`, what is there is now as of it.
+    pub async fn save_latest(&self, rows: &[LatestRow], position: Option<Position>) -> Result<(), StoreError> {
+        match self {
+            Self::Sqlite(store) => store.save_latest(rows, position).await,
+            Self::Postgres(store) => store.save_latest(rows, position).await,
+        }
+    }
+
+    hand_on! {
         /// The last durable sequence of a stream; 0 when there is no such stream.
         async fn last_sequence(&self, device: DeviceKey, stream_id: StreamId) -> Result<u64, StoreError>;
 
@@ -137,9 +176,6 @@ impl Store {
         /// How large the rows behind `after` are, in order: at most `rows_max`.
         async fn log_sizes(&self, after: Position, rows_max: usize) -> Result<Vec<LogSize>, StoreError>;
 
-        /// Whether this gateway is, or from now on can be, the one that merges, prunes and expires what all have stored.
-        async fn lead_upkeep(&self) -> Result<bool, StoreError>;
-
         /// All of the log up to this position is in the chunks.
         async fn merged_position(&self) -> Result<Position, StoreError>;
 
@@ -161,9 +197,6 @@ impl Store {
 
         /// How much of the disk the database takes up, with what is free in it.
         async fn file_bytes(&self) -> Result<u64, StoreError>;
-
-        /// Gives some of what deleting left free back to the file system, but `keep_bytes` of it; whether there is more to give.
-        async fn release_space(&self, keep_bytes: u64) -> Result<bool, StoreError>;
 
         /// How many readings were ever stored of each of some devices; those of which none was are left out.
         async fn stored_readings(&self, devices: &[DeviceKey]) -> Result<HashMap<DeviceKey, u64>, StoreError>;
@@ -188,9 +221,6 @@ impl Store {
 
         /// The sensors of a device, in the order of their names.
         async fn sensors(&self, device: DeviceKey) -> Result<Vec<SensorRow>, StoreError>;
-
-        /// Deletes what deleted devices left, some rows a transaction, until nothing is left.
-        async fn purge_deleted(&self) -> Result<(), StoreError>;
 
         /// How far the device's configuration has come, with its desired revision; `None` when none was ever set.
         async fn config(&self, device: DeviceKey) -> Result<Option<(ConfigRevisionRow, ConfigStateRow)>, StoreError>;
@@ -230,10 +260,6 @@ impl Store {
 
         /// Entries of the audit log, newest first.
         async fn audit(&self, query: &AuditQuery) -> Result<Vec<AuditRow>, StoreError>;
-
-        /// Writes latest readings that changed, unless later ones are there, but none of a device that was deleted meanwhile: nobody would delete them any more.
-        /// With a `position`, what is there is now as of it.
-        async fn save_latest(&self, rows: &[LatestRow], position: Option<Position>) -> Result<(), StoreError>;
     }
 }
 

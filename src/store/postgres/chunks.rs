@@ -1,7 +1,7 @@
 //! The chunks: what the log was merged into.
 
 use super::{
-    PostgresStore, PostgresTx,
+    PostgresStore, PostgresTx, answered,
     rows::{chunk, column, count_column},
 };
 use crate::{
@@ -18,6 +18,8 @@ const CHUNK_OVERHEAD_BYTES: i64 = 250;
 
 impl PostgresTx<'_> {
     /// Only for the gateway that leads, on the connection that it leads on: what it read of the chunks is so what is there.
+    ///
+    /// The devices' rows are held until the commit: another gateway that deletes one of them waits, and then purges these chunks.
     pub async fn replace_chunks(&mut self, gone: &[i64], new: &[NewChunk]) -> Result<(), StoreError> {
         if !self.writer.leads {
             return Err(StoreError::NotLeading);
@@ -25,13 +27,15 @@ impl PostgresTx<'_> {
         sqlx::query("DELETE FROM chunks WHERE chunk_id = ANY($1)").bind(gone).execute(&mut self.connection).await?;
         let of_chunk = || new.iter().map(|new| &new.chunk);
         sqlx::query(
-            "INSERT INTO chunks (sensor_id, first_time, last_time, readings, complete, time_base, time_step, time_unit, time_factor, \
+            "WITH kept AS (SELECT sensor_id FROM sensors JOIN devices USING (device_id) WHERE sensor_id = ANY($1) \
+                 ORDER BY device_id FOR KEY SHARE OF devices) \
+             INSERT INTO chunks (sensor_id, first_time, last_time, readings, complete, time_base, time_step, time_unit, time_factor, \
                  encoding, value_base, value_divisor, points) \
              SELECT new.* FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[], $5::boolean[], $6::bigint[], $7::bigint[], \
                  $8::bigint[], $9::bigint[], $10::text[], $11::bigint[], $12::double precision[], $13::text[]) \
                  AS new (sensor_id, first_time, last_time, readings, complete, time_base, time_step, time_unit, time_factor, \
                      encoding, value_base, value_divisor, points) \
-             WHERE EXISTS (SELECT 1 FROM sensors JOIN devices USING (device_id) WHERE sensors.sensor_id = new.sensor_id)",
+             WHERE sensor_id IN (SELECT sensor_id FROM kept)",
         )
         .bind(new.iter().map(|new| new.sensor_key).bind_iter())
         .bind(of_chunk().map(|chunk| chunk.first_time).bind_iter())
@@ -96,7 +100,7 @@ impl PostgresStore {
         let mut tx = self.begin().await?;
         if !tx.writer.leads {
             let query = sqlx::query_scalar("SELECT pg_try_advisory_lock($1)").bind(UPKEEP_LOCK);
-            tx.writer.leads = query.fetch_one(&mut tx.connection).await?;
+            tx.writer.leads = answered(query.fetch_one(&mut tx.connection)).await?;
         }
         let leads = tx.writer.leads;
         tx.commit_then(|_| ()).await?;
@@ -161,11 +165,6 @@ impl PostgresStore {
     pub async fn file_bytes(&self) -> Result<u64, StoreError> {
         let bytes: i64 = sqlx::query_scalar("SELECT pg_database_size(current_database())").fetch_one(self.readers()).await?;
         Ok(bytes.unsigned_abs())
-    }
-
-    /// The server's own vacuum does it.
-    pub async fn release_space(&self, _keep_bytes: u64) -> Result<bool, StoreError> {
-        Ok(false)
     }
 }
 

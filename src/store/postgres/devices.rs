@@ -1,7 +1,7 @@
 //! The registry of devices and sensors.
 
 use super::{
-    PostgresStore, PostgresTx,
+    PostgresStore, PostgresTx, answered, read,
     rows::{device_row, key_column, sensor_row},
     text,
 };
@@ -158,7 +158,7 @@ impl PostgresStore {
     }
 
     pub async fn purge_deleted(&self) -> Result<(), StoreError> {
-        let gone: Vec<i64> = sqlx::query_scalar("SELECT device_id FROM deleted_devices").fetch_all(self.readers()).await?;
+        let gone: Vec<i64> = read(sqlx::query_scalar("SELECT device_id FROM deleted_devices").fetch_all(self.readers())).await?;
         for device in gone {
             self.delete_log(device).await?;
             for statement in [
@@ -177,7 +177,8 @@ impl PostgresStore {
                 self.delete_in_steps(statement, device).await?;
             }
             let mut tx = self.begin().await?;
-            sqlx::query("DELETE FROM deleted_devices WHERE device_id = $1").bind(device).execute(&mut tx.connection).await?;
+            let done = sqlx::query("DELETE FROM deleted_devices WHERE device_id = $1").bind(device);
+            answered(done.execute(&mut tx.connection)).await?;
             tx.commit_then(|_| ()).await?;
         }
         Ok(())
@@ -187,14 +188,14 @@ impl PostgresStore {
     async fn delete_log(&self, device: i64) -> Result<(), StoreError> {
         // By rows that there are, and not by positions: between these a restored backup has a gap that takes for ever.
         let step = "SELECT max(position) FROM (SELECT position FROM log WHERE position > $1 ORDER BY position LIMIT $2) AS step";
-        let mut after = self.pruned_position().await?.0;
+        let mut after = read(self.pruned_position()).await?.0;
         loop {
-            let end: Option<i64> =
-                sqlx::query_scalar(step).bind(after).bind(SCANNED_ROWS_PER_TRANSACTION).fetch_one(self.readers()).await?;
+            let step = sqlx::query_scalar(step).bind(after).bind(SCANNED_ROWS_PER_TRANSACTION);
+            let end: Option<i64> = read(step.fetch_one(self.readers())).await?;
             let Some(end) = end else { return Ok(()) };
             let mut tx = self.begin().await?;
             let query = sqlx::query("DELETE FROM log WHERE position > $1 AND position <= $2 AND device_id = $3");
-            query.bind(after).bind(end).bind(device).execute(&mut tx.connection).await?;
+            answered(query.bind(after).bind(end).bind(device).execute(&mut tx.connection)).await?;
             tx.commit_then(|_| ()).await?;
             after = end;
         }
@@ -204,7 +205,7 @@ impl PostgresStore {
         loop {
             let mut tx = self.begin().await?;
             let query = sqlx::query(statement).bind(device).bind(DELETED_ROWS_PER_TRANSACTION);
-            let deleted = query.execute(&mut tx.connection).await?.rows_affected();
+            let deleted = answered(query.execute(&mut tx.connection)).await?.rows_affected();
             tx.commit_then(|_| ()).await?;
             // Another gateway may be at it as well: fewer than asked for does not mean that nothing is left.
             if deleted == 0 {

@@ -23,7 +23,10 @@ use sqlx::{
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use std::{borrow::Cow, sync::Arc, time::Duration};
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::{
+    sync::{Mutex, MutexGuard},
+    time::timeout,
+};
 use uuid::Uuid;
 
 /// What the server does with a connection whose gateway is gone in the middle of a transaction: nobody waits longer for its locks.
@@ -32,7 +35,10 @@ const ABANDONED_TRANSACTION_TIMEOUT: &str = "10s";
 const LOCK_TIMEOUT: &str = "12s";
 /// How long the server may take to answer; longer than it waits for locks.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a read may take, with the wait for a connection: an answer may be large, and the network slow.
+const READ_TIMEOUT: Duration = Duration::from_secs(30);
+/// The same for the server, so that it does not go on with what nobody waits for.
+const READ_STATEMENT_TIMEOUT: &str = "30s";
 
 /// See the module.
 #[derive(Clone)]
@@ -61,14 +67,19 @@ impl PostgresStore {
     pub async fn open(settings: &Storage) -> Result<Self, StoreError> {
         Self::migrate(settings).await?.log();
         let options = connect_options(settings)?;
-        let mut writer = PgConnection::connect_with(&options).await?;
-        if super::copy::is_unfinished(&mut writer).await? {
+        let mut writer = answered(PgConnection::connect_with(&options)).await?;
+        if answered(super::copy::is_unfinished(&mut writer)).await? {
             return Err(StoreError::Unfinished);
         }
         let readers = PgPoolOptions::new()
             .max_connections(settings.readers)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            .connect_with(options.clone().options([("default_transaction_read_only", "on")]))
+            // Longer than any read waits, so that it says itself that nothing came.
+            .acquire_timeout(2 * READ_TIMEOUT)
+            // The pool itself would wait for ever for the answer to a read that was given up, and one connection be fewer.
+            .after_release(|connection, _| {
+                Box::pin(async { Ok(timeout(ANSWER_TIMEOUT, connection.ping()).await.is_ok_and(|answer| answer.is_ok())) })
+            })
+            .connect_with(options.clone().options([("default_transaction_read_only", "on"), ("statement_timeout", READ_STATEMENT_TIMEOUT)]))
             .await?;
         let writer = Mutex::new(Writer { connection: Some(writer), leads: false, closed: false });
         Ok(Self { shared: Arc::new(Shared { options, gateway: Uuid::new_v4(), writer, readers }) })
@@ -77,7 +88,7 @@ impl PostgresStore {
     /// Under sqlx's advisory lock: of several gateways that start at once one migrates, and the others wait for it.
     pub async fn migrate(settings: &Storage) -> Result<Migrated, StoreError> {
         // A connection of its own: a migration may take longer than others wait for locks.
-        let mut connection = PgConnection::connect_with(&url_options(settings)?).await?;
+        let mut connection = answered(PgConnection::connect_with(&url_options(settings)?)).await?;
         let migrated = super::migrate(&sqlx::migrate!("migrations/postgres"), &mut connection).await?;
         connection.close().await?;
         Ok(migrated)
@@ -184,9 +195,24 @@ pub(super) async fn answered<T, E>(answer: impl Future<Output = Result<T, E>>) -
 where
     StoreError: From<E>,
 {
-    match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {
+    within(ANSWER_TIMEOUT, answer).await
+}
+
+/// Waits no longer than [`READ_TIMEOUT`] for what is read.
+pub(super) async fn read<T, E>(answer: impl Future<Output = Result<T, E>>) -> Result<T, StoreError>
+where
+    StoreError: From<E>,
+{
+    within(READ_TIMEOUT, answer).await
+}
+
+async fn within<T, E>(limit: Duration, answer: impl Future<Output = Result<T, E>>) -> Result<T, StoreError>
+where
+    StoreError: From<E>,
+{
+    match timeout(limit, answer).await {
         Ok(answer) => Ok(answer?),
-        Err(_) => Err(StoreError::NoAnswer { seconds: ANSWER_TIMEOUT.as_secs() }),
+        Err(_) => Err(StoreError::NoAnswer { seconds: limit.as_secs() }),
     }
 }
 

@@ -85,11 +85,6 @@ impl SqliteStore {
         Ok(Position(query.bind(name).fetch_one(self.readers()).await?))
     }
 
-    /// There is no other gateway.
-    pub async fn lead_upkeep(&self) -> Result<bool, StoreError> {
-        Ok(true)
-    }
-
     pub async fn chunks_around(&self, extents: &[Extent]) -> Result<Vec<ChunkSpan>, StoreError> {
         let wanted: Vec<[i64; 3]> = extents.iter().map(|extent| [extent.sensor_key, extent.first_time, extent.last_time]).collect();
         let wanted = serde_json::to_string(&wanted).expect("integers");
