@@ -7,13 +7,13 @@ use super::{
     *,
 };
 use crate::{
-    config::Config,
+    config::{Config, Storage},
     fleet::{Device, Registry},
     ingest::{Envelope, Ingest, Outcome, writer::writer},
     live::{Latest, Tail},
     model::{DeviceId, StreamId, Timestamp, columns::Values},
     pb,
-    store::Store,
+    store::{Store, test_databases},
     telemetry::{Metrics, Readiness},
 };
 use proptest::prelude::*;
@@ -26,7 +26,7 @@ use std::{
     time::Duration,
 };
 use tempfile::TempDir;
-use tokio::task::JoinHandle;
+use tokio::{task::JoinHandle, time::timeout};
 
 const SENSORS: usize = 5;
 
@@ -88,9 +88,8 @@ struct Running {
 }
 
 impl Running {
-    async fn open(directory: &TempDir) -> Self {
-        let mut config = Config::default();
-        config.storage.data_dir = directory.path().into();
+    async fn open(storage: &Storage) -> Self {
+        let mut config = Config { storage: storage.clone(), ..Config::default() };
         config.live.replay_window = Duration::ZERO;
         let metrics = Metrics::new();
         let store = Store::open(&config.storage).await.expect("opened");
@@ -111,6 +110,17 @@ impl Running {
         drop(ingest);
         writing.await.expect("no panic");
         store.close().await;
+    }
+
+    /// Waits until it is the one that merges: a server notices in its own time that a connection which did so is gone.
+    async fn leads(&self) {
+        let asking = async {
+            let mut ticks = tokio::time::interval(Duration::from_millis(1));
+            while !self.store.lead_upkeep().await.expect("asked") {
+                ticks.tick().await;
+            }
+        };
+        timeout(Duration::from_secs(60), asking).await.expect("there is no other gateway");
     }
 
     async fn send(&self, stream: StreamId, sequence: u64, batch: Vec<u8>) -> Outcome {
@@ -184,12 +194,11 @@ async fn cut_off<T>(polls: usize, future: impl Future<Output = T>) {
     .await;
 }
 
-async fn check(steps: Vec<Step>) {
-    let directory = TempDir::new().expect("a temporary directory");
+async fn check(steps: Vec<Step>, storage: &Storage) {
     let stream = StreamId::new();
     let (mut model, mut sequence) = (Model::default(), 0);
     let mut last_batch = None;
-    let mut running = Running::open(&directory).await;
+    let mut running = Running::open(storage).await;
     for step in steps {
         match step {
             Step::Upload(upload) => {
@@ -207,8 +216,14 @@ async fn check(steps: Vec<Step>) {
                 let Some(bytes) = last_batch.clone() else { continue };
                 assert!(matches!(running.send(stream, sequence + 2, bytes).await, Outcome::Gap { .. }));
             }
-            Step::Merge => while running.merger.pass(Haste { rest: 0.0 }).await.expect("merged").is_some() {},
-            Step::CutMerge(polls) => cut_off(polls, running.merger.pass(Haste { rest: 0.0 })).await,
+            Step::Merge => {
+                running.leads().await;
+                while running.merger.pass(Haste { rest: 0.0 }).await.expect("merged").is_some() {}
+            }
+            Step::CutMerge(polls) => {
+                running.leads().await;
+                cut_off(polls, running.merger.pass(Haste { rest: 0.0 })).await;
+            }
             Step::Prune => running.upkeep.prune().await.expect("pruned"),
             Step::Expire(before) => {
                 model.expired = model.expired.max(before);
@@ -216,12 +231,13 @@ async fn check(steps: Vec<Step>) {
             }
             Step::Restart => {
                 running.close().await;
-                running = Running::open(&directory).await;
+                running = Running::open(storage).await;
             }
             Step::Query(begin, end) => model.check(&running.query(begin, end).await, begin, end),
         }
     }
     model.check(&running.query(-10, 10_000).await, -10, 10_000);
+    running.leads().await;
     running.upkeep.round().await.expect("merged and pruned");
     assert_eq!(running.store.pruned_position().await.expect("read"), running.store.last_position().await.expect("read"));
     model.check(&running.query(-10, 10_000).await, -10, 10_000);
@@ -232,6 +248,22 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
     fn a_query_has_what_was_stored(steps in steps()) {
-        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime").block_on(check(steps));
+        let directory = TempDir::new().expect("a temporary directory");
+        run(check(steps, &test_databases::sqlite(directory.path())));
     }
+}
+
+proptest! {
+    // Fewer, as each makes a database of its own.
+    #![proptest_config(ProptestConfig::with_cases(16))]
+    #[test]
+    fn a_query_has_what_was_stored_on_postgres(steps in steps()) {
+        if let Some(storage) = test_databases::postgres() {
+            run(check(steps, &storage));
+        }
+    }
+}
+
+fn run(check: impl Future<Output = ()>) {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime").block_on(check);
 }

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::{
+    config::Storage,
     fleet::Registry,
     ingest::Envelope,
     live::tail::TailRead,
@@ -12,7 +13,7 @@ use crate::{
         columns::Values,
     },
     pb,
-    store::{Count, LedgerRow},
+    store::{Count, LedgerRow, test_databases},
 };
 use proptest::prelude::*;
 use prost::Message;
@@ -121,9 +122,8 @@ struct Running {
 }
 
 impl Running {
-    async fn open(directory: &TempDir) -> Self {
-        let mut config = Config::default();
-        config.storage.data_dir = directory.path().into();
+    async fn open(storage: &Storage) -> Self {
+        let config = Config { storage: storage.clone(), ..Config::default() };
         let store = Store::open(&config.storage).await.expect("opened");
         let registry = Registry::new(store.clone(), true, 10);
         let device = registry.get_or_register(&DeviceId::parse("pump-1").expect("good")).await.expect("registered");
@@ -151,15 +151,14 @@ fn comparable(outcome: Outcome) -> (Outcome, String) {
     }
 }
 
-async fn check(steps: Vec<Step>) {
-    let directory = TempDir::new().expect("a temporary directory");
+async fn check(steps: Vec<Step>, storage: &Storage) {
     let streams: Vec<StreamId> = (0..STREAMS).map(|_| StreamId::new()).collect();
     let mut model = Model::default();
-    let mut running = Running::open(&directory).await;
+    let mut running = Running::open(storage).await;
     for step in steps {
         let Step::Send(sends) = step else {
             running.close().await;
-            running = Running::open(&directory).await;
+            running = Running::open(storage).await;
             continue;
         };
         let (mut pending, mut expected_replies, mut run) = (Vec::new(), Vec::new(), None::<Run>);
@@ -261,6 +260,22 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     #[test]
     fn the_log_and_the_ledger_are_what_the_rules_say(steps in steps()) {
-        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(check(steps));
+        let directory = TempDir::new().expect("a temporary directory");
+        run(check(steps, &test_databases::sqlite(directory.path())));
     }
+}
+
+proptest! {
+    // Fewer, as each makes a database of its own.
+    #![proptest_config(ProptestConfig::with_cases(12))]
+    #[test]
+    fn the_log_and_the_ledger_are_what_the_rules_say_on_postgres(steps in steps()) {
+        if let Some(storage) = test_databases::postgres() {
+            run(check(steps, &storage));
+        }
+    }
+}
+
+fn run(check: impl Future<Output = ()>) {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(check);
 }

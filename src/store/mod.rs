@@ -9,6 +9,8 @@ mod identity;
 mod postgres;
 mod rows;
 mod sqlite;
+#[cfg(test)]
+pub mod test_databases;
 
 pub use either::{Store, WriteTx};
 pub use identity::{AuditQuery, AuditRow, CredentialKind, CredentialRow, OperatorKey, OperatorRow};

@@ -34,6 +34,7 @@ mod sizes;
 #[cfg(target_os = "linux")]
 mod slow;
 mod sql;
+mod store;
 mod store_failure;
 mod tls;
 mod upload;

@@ -1,7 +1,8 @@
 //! The databases that a gateway may run on, for tests of what must hold on each.
 
 use super::{TestGateway, postgres::PostgresServer};
-use tidegate::config::Config;
+use std::path::Path;
+use tidegate::config::{Config, DatabaseUrl, Storage};
 
 /// What a test's gateways run on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,6 +12,15 @@ pub enum Database {
 }
 
 impl Database {
+    /// The settings of an empty database; a file is in the directory.
+    pub fn storage(self, directory: &Path) -> Storage {
+        let url = match self {
+            Self::Sqlite => String::new(),
+            Self::Postgres => PostgresServer::shared().database(),
+        };
+        Storage { url: DatabaseUrl::new(url), data_dir: directory.to_owned(), ..Config::default().storage }
+    }
+
     /// A gateway with default settings, on an empty database.
     pub async fn gateway(self) -> TestGateway {
         self.gateway_with(|_| {}).await
@@ -18,12 +28,8 @@ impl Database {
 
     /// A gateway with changed settings, on an empty database.
     pub async fn gateway_with(self, change: impl FnOnce(&mut Config)) -> TestGateway {
-        let url = match self {
-            Self::Sqlite => String::new(),
-            Self::Postgres => PostgresServer::shared().database(),
-        };
         TestGateway::start_with(|config| {
-            config.storage.url = tidegate::config::DatabaseUrl::new(url);
+            config.storage = self.storage(&config.storage.data_dir);
             change(config);
         })
         .await
