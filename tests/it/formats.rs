@@ -1,14 +1,17 @@
-//! What earlier versions wrote is read by this one. `tests/fixtures` has a database for each version of the tables, as SQL.
+//! What earlier versions wrote is read by this one. `tests/fixtures` has a database for each version of the tables, as SQL; of PostgreSQL
+//! from version 3 on.
 //!
 //! A fixture also keeps its migration from being edited: the database holds a hash of it.
 
 use crate::support::{
     TestGateway,
     client::{T0, TestDevice, configs, nth_batch, nth_temperatures},
+    postgres::{self, PostgresServer},
 };
-use sqlx::{AssertSqlSafe, Connection, SqliteConnection};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, SqliteConnection};
 use tempfile::TempDir;
 use tidegate::{
+    config::DatabaseUrl,
     model::StreamId,
     pb::{self, ConfigState},
 };
@@ -47,7 +50,35 @@ async fn check(gateway: TestGateway) {
     assert!(gateway.stop().await);
 }
 
+async fn check_sqlite(fixture: &str) {
+    check(TestGateway::start_on(restore(fixture).await).await).await;
+}
+
 #[tokio::test]
 async fn a_database_of_version_1_is_read_and_written() {
-    check(TestGateway::start_on(restore(include_str!("../fixtures/sqlite_0001.sql")).await).await).await;
+    check_sqlite(include_str!("../fixtures/sqlite_0001.sql")).await;
+}
+
+/// Some of it is merged.
+#[tokio::test]
+async fn a_database_of_version_2_is_read_and_written() {
+    check_sqlite(include_str!("../fixtures/sqlite_0002.sql")).await;
+}
+
+/// Its log has an entry of several batches.
+#[tokio::test]
+async fn a_database_of_version_3_is_read_and_written() {
+    check_sqlite(include_str!("../fixtures/sqlite_0003.sql")).await;
+}
+
+#[tokio::test]
+async fn a_postgres_database_of_version_3_is_read_and_written() {
+    if !postgres::is_there() {
+        return;
+    }
+    let url = PostgresServer::shared().database();
+    let mut database = PgConnection::connect(&url).await.expect("it is there");
+    sqlx::raw_sql(include_str!("../fixtures/postgres_0003.sql")).execute(&mut database).await.expect("the fixture is SQL");
+    database.close().await.expect("closed");
+    check(TestGateway::start_with(|config| config.storage.url = DatabaseUrl::new(url)).await).await;
 }

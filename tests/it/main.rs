@@ -25,6 +25,7 @@ mod identity_matrix;
 mod kills;
 mod lifecycle;
 mod link;
+mod migrate;
 mod null_sink;
 mod postgres;
 mod postgres_failure;
