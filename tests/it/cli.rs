@@ -4,6 +4,7 @@ use prost::Message;
 use std::{
     io::{BufRead, BufReader, Read},
     process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
 };
 use tidegate::pb::{self, telemetry_service_client::TelemetryServiceClient};
 
@@ -61,6 +62,14 @@ impl Gateway {
         self.command(arguments).output().expect("the binary runs")
     }
 
+    /// It serves before it has proved that its database takes writes.
+    fn wait_until_healthy(&self) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !self.run(&["health"]).status.success() {
+            assert!(Instant::now() < deadline, "the gateway does not become healthy");
+        }
+    }
+
     /// The output of a command that succeeds.
     fn ok(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
@@ -113,7 +122,7 @@ impl Drop for Gateway {
 fn tokens_from_the_first_administrators_to_a_devices() {
     let mut gateway = Gateway::start_with(&["--auth-mode", "required"]);
     assert!(gateway.fails(1, &["device", "list"]).contains("reason: CREDENTIAL_MISSING"));
-    assert_eq!(gateway.ok(&["health"]), "");
+    gateway.wait_until_healthy();
     let first = std::fs::read_to_string(gateway.data.path().join("admin-token")).expect("left at the first start");
     gateway.token = first.trim().to_owned();
     assert!(gateway.ok(&["whoami"]).starts_with("operators/admin\nrole: admin\n"));
@@ -149,6 +158,7 @@ fn tokens_from_the_first_administrators_to_a_devices() {
 #[test]
 fn a_device_from_its_registration_to_its_deletion() {
     let gateway = Gateway::start();
+    gateway.wait_until_healthy();
     assert_eq!(gateway.ok(&["health"]), "");
     assert_eq!(gateway.ok(&["device", "create", "pump-1", "--label", "site=berlin"]), "pump-1 is registered\n");
     assert!(gateway.fails(1, &["device", "create", "pump-1"]).contains("reason: DEVICE_EXISTS device=pump-1"));
