@@ -42,6 +42,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     assert_eq!(rewritten, RAW_BATCHES.len(), "a field of RAW_BATCHES is not in the .proto files");
 
     // Without the generated `connect` constructors: DeviceLinkService has an RPC of that name.
-    tonic_prost_build::configure().build_transport(false).bytes(".tidegate.v1").compile_fds(set)?;
+    let codec = "crate::pb::codec::SmallBuffers";
+    tonic_prost_build::configure().build_transport(false).codec_path(codec).bytes(".tidegate.v1").compile_fds(set)?;
     Ok(())
 }

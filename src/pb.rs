@@ -3,6 +3,8 @@
 //! Only [`crate::api`], [`crate::client`] and the command line know them; everything below works on [`crate::model`].
 #![allow(missing_docs, clippy::all)]
 
+mod codec;
+
 tonic::include_proto!("tidegate.v1");
 
 /// How large a message grows of which there can be several, about: clients of gRPC take 4 MiB at the most unless told otherwise.

@@ -83,7 +83,8 @@ impl<'a> Link<'a> {
         let Some(pb::ConnectRequest { message: Some(connect_request::Message::Hello(hello)) }) = first else {
             return Err(Error::invalid("hello", "the first message of the stream must be a Hello").into());
         };
-        Self::greet(api, caller, hello, outbound).await?.serve(drain, inbound).await
+        // What is done seldom is boxed, here and below: its room would else be part of every link, and most links are idle.
+        Box::pin(Self::greet(api, caller, hello, outbound)).await?.serve(drain, inbound).await
     }
 
     async fn greet(
@@ -123,7 +124,7 @@ impl<'a> Link<'a> {
 
     async fn serve(mut self, drain: CancellationToken, mut inbound: Streaming<pb::ConnectRequest>) -> Result<(), Status> {
         let mut pokes = self.device.config_pokes();
-        self.send_config().await?;
+        Box::pin(self.send_config()).await?;
         let (mut next, mut open) = (None, true);
         while open || next.is_some() || !self.pending.is_empty() {
             if let Some(message) = next.take() {
@@ -139,7 +140,7 @@ impl<'a> Link<'a> {
                     open = next.is_some();
                 }
                 Some(replies) = self.pending.next() => self.acknowledge(replies).await?,
-                Ok(()) = pokes.changed(), if open => self.send_config().await?,
+                Ok(()) = pokes.changed(), if open => Box::pin(self.send_config()).await?,
                 () = drain.cancelled(), if open => open = false,
             }
         }
@@ -156,7 +157,7 @@ impl<'a> Link<'a> {
             Some(connect_request::Message::Batch(batch)) => return self.receive_batches(batch, inbound).await,
             Some(connect_request::Message::ConfigReport(report)) => {
                 let report = parse_report(report)?;
-                self.api.configs.note_report(&self.device, &report).await.map_err(Failure::from)?;
+                Box::pin(self.api.configs.note_report(&self.device, &report)).await.map_err(Failure::from)?;
             }
             Some(connect_request::Message::Hello(_)) => return Err(Error::invalid("hello", "only the first message may be a Hello").into()),
             // A newer client may say what this gateway does not know.

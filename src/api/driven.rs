@@ -10,7 +10,9 @@ use tonic::Status;
 
 /// What the work on a call sends its answers into. Sending waits while `messages_max` of them are unread, and never fails:
 /// who reads them is dropped only together with the work.
-pub struct Outbound<T>(mpsc::Sender<Result<T, Status>>);
+///
+/// Boxed, as a channel has room for 32 messages from its beginning, and most calls that are open have none.
+pub struct Outbound<T>(mpsc::Sender<Box<Result<T, Status>>>);
 
 impl<T> Clone for Outbound<T> {
     fn clone(&self) -> Self {
@@ -26,7 +28,7 @@ impl<T> Outbound<T> {
 
     async fn deliver(&self, item: Result<T, Status>) {
         // See the type: there is nobody left to tell of an error.
-        let _ = self.0.send(item).await;
+        let _ = self.0.send(Box::new(item)).await;
     }
 }
 
@@ -51,7 +53,7 @@ where
     // Sends nothing by itself, and drops the senders when it is done, which ends the messages.
     let work = stream::once(work).filter_map(|()| future::ready(None));
     // The work first, so that what it sends is found at once.
-    stream::select_with_strategy(work, ReceiverStream::new(messages), |_: &mut ()| PollNext::Left)
+    stream::select_with_strategy(work, ReceiverStream::new(messages).map(|item| *item), |_: &mut ()| PollNext::Left)
 }
 
 #[cfg(test)]
