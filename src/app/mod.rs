@@ -47,6 +47,9 @@ const CLOSING_RESERVE: Duration = Duration::from_millis(500);
 /// How long connections without calls are given to close. A peer that lost its network never answers the GOAWAY, and a fleet
 /// always has some of these.
 const CONNECTION_LINGER: Duration = Duration::from_secs(1);
+/// The nice value of what nobody waits for: a tenth of what another thread gets, when the processors are all busy.
+#[cfg(target_os = "linux")]
+const BACKGROUND_NICE: i32 = 10;
 
 /// Why the gateway can't start.
 #[derive(Debug, thiserror::Error)]
@@ -121,7 +124,7 @@ impl Gateway {
         let doors = doors(&config, &store).await?;
         let directory = Directory::new(store.clone(), doors.auth.clone());
         if config.auth.mode == AuthMode::Required {
-            directory.begin(&config.storage.data_dir).await?;
+            directory.begin(&config.admin_token_file()).await?;
         }
         let registry = Registry::new(store.clone(), config.devices.auto_register, config.devices.devices_max);
         let configs = Configs::new(store.clone(), config.devices.config_bytes_max);
@@ -220,7 +223,12 @@ impl Gateway {
         let mut tasks = JoinSet::new();
         tasks.spawn(metrics.clone().run_upkeep(background.clone()));
         tasks.spawn(latest.clone().run(store.clone(), background.clone()));
-        tasks.spawn(upkeep.run(background.clone()));
+        // On a thread of its own that gives way to all others: it computes for long, and nobody waits for it.
+        let (runtime, upkeep_stop) = (Handle::current(), background.clone());
+        tasks.spawn_blocking(move || {
+            give_way();
+            runtime.block_on(upkeep.run(upkeep_stop));
+        });
         let (publisher, registry_of_peers) = (writer.publisher(), registry.clone());
         let peers = Peers {
             store: store.clone(),
@@ -290,6 +298,14 @@ impl Gateway {
         let in_time = served && committed && closed;
         tracing::info!(in_time, latest_saved = saved, "gateway.stopped");
         in_time && !failed
+    }
+}
+
+/// Lets the machine's other threads go before this one. Linux has such a priority for each thread; elsewhere there is none to set.
+fn give_way() {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = rustix::process::setpriority_process(None, BACKGROUND_NICE) {
+        tracing::debug!(%error, "gateway.priority: what is done in the background is not put behind what devices wait for");
     }
 }
 

@@ -5,6 +5,8 @@
 //! again from where it began. That changes nothing that it had written: a reading that is already in a chunk is replaced by
 //! itself, since of one time the later position wins, and the log is read in the order of positions. Meanwhile, as long as 'merged'
 //! stands, queries take these readings from the log, which they prefer.
+//!
+//! A pass decodes and encodes for milliseconds between its awaits: it belongs on a thread that no calls wait for.
 
 use super::{
     chunk::{Chunk, READINGS_MAX},
@@ -30,7 +32,7 @@ use std::{
 const ROWS_PER_READ: usize = if cfg!(test) { 3 } else { 4_096 };
 const BYTES_PER_READ: usize = 2 << 20;
 /// How many bytes of readings a pass holds, about; buffers that grow take up to twice as much.
-const PASS_BYTES_MAX: usize = if cfg!(test) { 8 << 10 } else { 32 << 20 };
+const PASS_BYTES_MAX: usize = if cfg!(test) { 8 << 10 } else { 16 << 20 };
 /// Of how many sensors the chunks are looked up at once.
 const SENSORS_PER_STEP: usize = if cfg!(test) { 2 } else { 1_024 };
 /// How many readings are decoded and encoded at once, about, those of the chunks that are written anew among them.
@@ -104,7 +106,7 @@ impl Merger {
             return Ok(None);
         }
         let rows = std::mem::take(&mut gather.rows);
-        let mut sensors = aside(move || Ok(gather.into_sensors())).await?.into_iter().peekable();
+        let mut sensors = gather.into_sensors().into_iter().peekable();
         let mut writes = Writes::default();
         let mut readings = 0;
         while sensors.peek().is_some() {
@@ -139,7 +141,7 @@ impl Merger {
                     gather.introduce(row.device, self.registry.by_key(row.device).await?);
                 }
             }
-            gather = aside(move || gather.add(rows).map(|()| gather)).await?;
+            gather.add(rows)?;
             for device in gather.unknown() {
                 device.learn(self.store.sensors(device.key).await?);
             }
@@ -177,13 +179,12 @@ impl Merger {
         let gone: Vec<i64> = works.iter().flat_map(|work| &work.old).copied().collect();
         let old = if gone.is_empty() { Vec::new() } else { self.store.chunks(&gone).await? };
         writes.gone.extend(gone);
-        let new = aside(move || {
-            let old: HashMap<i64, Chunk> = old.into_iter().collect();
-            works.into_iter().map(|work| work.chunks(&old)).collect::<Result<Vec<_>, _>>()
-        });
-        let new: Vec<NewChunk> = new.await?.into_iter().flatten().collect();
-        writes.bytes += new.iter().map(|new| new.chunk.points.len()).sum::<usize>();
-        writes.new.extend(new);
+        let old: HashMap<i64, Chunk> = old.into_iter().collect();
+        for work in works {
+            let new = work.chunks(&old)?;
+            writes.bytes += new.iter().map(|new| new.chunk.points.len()).sum::<usize>();
+            writes.new.extend(new);
+        }
         Ok(())
     }
 
@@ -273,13 +274,4 @@ async fn rest(haste: Haste, began: &mut Instant) {
         rest => tokio::time::sleep(rest).await,
     }
     *began = Instant::now();
-}
-
-/// Runs what takes a while on a thread that nobody else waits for.
-async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T, StoreError> + Send + 'static) -> Result<T, StoreError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        Err(_) => Err(StoreError::Closed),
-    }
 }
