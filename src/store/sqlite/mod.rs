@@ -27,7 +27,7 @@ const DATABASE_FILE: &str = "tidegate.db";
 /// chunks are large.
 const PAGE_BYTES: u32 = 16 << 10;
 /// The page cache of the connection that writes, and of each that reads, in KiB (negative in SQLite's own convention).
-const WRITER_CACHE_KIB: &str = "-32768";
+const WRITER_CACHE_KIB: &str = "-16384";
 /// The same of a connection that reads: what it reads it seldom reads again, and the operating system caches it as well.
 const READER_CACHE_KIB: &str = "-4096";
 /// How many rows one statement writes at the most.
