@@ -49,6 +49,7 @@ make_certificate() {
 [ -s "$private/authority.pem" ] || make_authority
 openssl x509 -checkend $((30 * 86400)) -noout -in "$gateway/gateway.pem" >/dev/null 2>&1 || make_certificate
 cp "$private/authority.pem" "$authority/authority.pem"
-chown -R 65532:65532 "$gateway"
+# The gateways leave their first administrator's token there.
+chown -R 65532:65532 "$gateway" /secrets/operator /secrets/sqlite-operator
 chmod 755 "$postgres" "$grafana" "$authority"
 chmod 444 "$postgres/password" "$grafana/password" "$authority/authority.pem"

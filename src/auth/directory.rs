@@ -19,8 +19,6 @@ const TOKENS_MAX: usize = 10;
 const ENROLMENT_KEYS_MAX: usize = 1_000;
 /// The name of the first operator.
 const FIRST_ADMIN: &str = "admin";
-/// The file in the data directory that the first operator's token is written to.
-const FIRST_TOKEN_FILE: &str = "admin-token";
 
 /// A credential to make.
 pub struct Issue {
@@ -51,8 +49,8 @@ impl Directory {
         Self { store, auth }
     }
 
-    /// Makes the first operator, an administrator, when there is none, and leaves its token in the data directory.
-    pub async fn begin(&self, data_dir: &Path) -> Result<(), StoreError> {
+    /// Makes the first operator, an administrator, when there is none, and leaves its token in a file.
+    pub async fn begin(&self, token_file: &Path) -> Result<(), StoreError> {
         if self.store.operators_len().await? > 0 {
             return Ok(());
         }
@@ -63,10 +61,10 @@ impl Directory {
         let token = NewToken::generate(CredentialKind::Operator);
         let issue = Issue::token(CredentialKind::Operator, admin.key.0, "made at the first start".to_owned(), None);
         tx.insert_credential(&row(&token, issue, now)).await?;
-        let path = data_dir.join(FIRST_TOKEN_FILE);
-        write_secret(&path, &token.text).map_err(|source| StoreError::Directory { path: path.display().to_string(), source })?;
+        let path = token_file.display().to_string();
+        write_secret(token_file, &token.text).map_err(|source| StoreError::Directory { path: path.clone(), source })?;
         tx.commit().await?;
-        tracing::warn!(file = %path.display(), "auth.first_admin: there was no operator; the token of a new one is in this file");
+        tracing::warn!(file = path, "auth.first_admin: there was no operator; the token of a new one is in this file");
         Ok(())
     }
 

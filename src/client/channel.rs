@@ -65,6 +65,11 @@ impl Channel {
         authorization.iter_mut().for_each(|value| value.set_sensitive(true));
         Ok(Self { inner, authorization })
     }
+
+    /// The same connection, for somebody else: each call shows `token`.
+    pub fn with_token(&self, token: &str) -> Result<Self, ChannelError> {
+        Self::new(self.inner.clone(), Some(token))
+    }
 }
 
 /// Without a token.

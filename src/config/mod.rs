@@ -96,6 +96,7 @@ pub struct Tls {
 #[allow(missing_docs, reason = "SETTINGS documents each")]
 pub struct Auth {
     pub mode: AuthMode,
+    pub admin_token_file: PathBuf,
     #[serde(with = "duration")]
     pub audit_age: Duration,
 }
@@ -249,7 +250,7 @@ impl Default for Config {
                 handshake_timeout: Duration::from_secs(10),
                 handshakes_max: 1_000,
             },
-            auth: Auth { mode: AuthMode::Open, audit_age: Duration::from_secs(90 * 24 * 3600) },
+            auth: Auth { mode: AuthMode::Open, admin_token_file: PathBuf::new(), audit_age: Duration::from_secs(90 * 24 * 3600) },
             http: Http { listen: SocketAddr::from(([127, 0, 0, 1], 9464)) },
             storage: Storage {
                 url: DatabaseUrl::default(),
@@ -258,7 +259,7 @@ impl Default for Config {
                 readers: 4,
             },
             ingest: Ingest {
-                pending_bytes_max: 32 * MIB,
+                pending_bytes_max: 16 * MIB,
                 commit_batches_max: 4_000,
                 batch_bytes_max: MIB,
                 batch_readings_max: 100_000,
@@ -274,7 +275,7 @@ impl Default for Config {
                 config_bytes_max: 64 << 10,
                 reconcile_interval: Duration::from_secs(30),
             },
-            live: Live { tail_bytes_max: 32 * MIB, replay_window: Duration::from_secs(3600), replay_bytes_max: 64 * MIB },
+            live: Live { tail_bytes_max: 16 * MIB, replay_window: Duration::from_secs(3600), replay_bytes_max: 64 * MIB },
             history: History {
                 merge_interval: Duration::from_secs(60),
                 unmerged_bytes_max: 64 * MIB,
@@ -380,6 +381,14 @@ impl Config {
         match config.check_relations(&figment) {
             wrong if wrong.is_empty() => Ok(config),
             wrong => Err(ConfigError::Wrong(wrong)),
+        }
+    }
+
+    /// Where the token of the first administrator is left.
+    pub fn admin_token_file(&self) -> PathBuf {
+        match self.auth.admin_token_file.as_os_str().is_empty() {
+            true => self.storage.data_dir.join("admin-token"),
+            false => self.auth.admin_token_file.clone(),
         }
     }
 

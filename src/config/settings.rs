@@ -242,6 +242,11 @@ pub static SETTINGS: &[Setting] = &[
         Allowed::OneOf(&["open", "required"]),
         "Whether callers are asked who they are. open: everybody may do everything. required: everybody needs a token or a client certificate, but for health checks.",
     ),
+    setting(
+        "auth.admin_token_file",
+        Allowed::File,
+        "Where the token of the first administrator is left, when there is no operator yet; empty: admin-token in storage.data_dir.",
+    ),
     setting("auth.audit_age", seconds(3600..=10_000 * 365 * DAY), "How long entries of the audit log are kept."),
     setting("http.listen", Allowed::Address, "Where /metrics, /livez and /readyz are served."),
     setting(

@@ -164,6 +164,7 @@ class Fleet:
         simulate += ["--batch", "6", "--seed", str(seed), "--verify", "--json", "--quiet", "--drain-timeout", "3m", "--endpoint", endpoint]
         hardened = ["--read-only", "--cap-drop", "ALL", "--network", NETWORK, "--cpus", "0.5"]
         trusting = ["-v", f"{PROJECT}_authority:/authority:ro", "-e", "TIDEGATE_CA_FILE=/authority/authority.pem"]
+        trusting += ["-v", f"{PROJECT}_operator-secret:/operator:ro", "-e", "TIDEGATE_TOKEN_FILE=/operator/admin-token"]
         image = stack.environment.get("TIDEGATE_FLEET_IMAGE", "tidegate-fleet")
         stack.docker("rm", "-f", self.name, check=False)
         stack.docker("run", "-d", "--name", self.name, *hardened, *trusting, image, *simulate)

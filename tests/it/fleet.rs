@@ -1,11 +1,14 @@
 //! The simulated fleet, whose own verification must hold whatever happens to the gateway.
 
 use crate::support::{
-    TestGateway, eventually, http_get, metric,
+    TestGateway,
+    database::Database,
+    eventually, http_get, identity, metric,
     process::GatewayProcess,
     script::{Script, fleet},
 };
 use tempfile::TempDir;
+use tidegate::pb::{self, OperatorRole, credential_service_client::CredentialServiceClient};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_simulated_fleet_finds_all_that_was_acknowledged() {
@@ -17,6 +20,26 @@ async fn a_simulated_fleet_finds_all_that_was_acknowledged() {
     let acknowledged = summary["acknowledged"]["readings"].as_f64().expect("a number");
     assert!(acknowledged > 0.0);
     assert_eq!(gateway.metric("tidegate_stored_readings_total").await, Some(acknowledged));
+}
+
+/// Each device acts as itself alone, so each gets a token; those of earlier runs do not pile up.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fleet_with_an_operators_token_makes_tokens_for_its_devices() {
+    let gateway = identity::start(Database::Sqlite).await;
+    let root = identity::admin(&gateway);
+    let directory = TempDir::new().expect("a temporary directory");
+    let (_, token) = identity::operator_token(&root, "player", OperatorRole::Operator, "").await;
+    let token_file = directory.path().join("token");
+    std::fs::write(&token_file, token).expect("written");
+    for _ in 0..6 {
+        let mut simulate = fleet();
+        simulate.args(["simulate", "--devices", "3", "--duration", "300ms", "--interval", "100ms", "--batch", "6"]);
+        simulate.args(["--verify", "--quiet", "--endpoint", &format!("http://{}", gateway.grpc), "--token-file"]).arg(&token_file);
+        Script::start(simulate).succeeds().await;
+    }
+    let list = pb::ListDeviceCredentialsRequest { device: "sim-1-0001".into() };
+    let kept = CredentialServiceClient::new(root).list_device_credentials(list).await.expect("listed").into_inner();
+    assert_eq!(kept.credentials.len(), 4);
 }
 
 #[tokio::test(flavor = "multi_thread")]

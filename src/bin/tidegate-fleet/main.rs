@@ -6,6 +6,7 @@ mod bench;
 mod cli;
 mod follow;
 mod gateway;
+mod identity;
 mod null_sink;
 mod recording;
 mod replay;

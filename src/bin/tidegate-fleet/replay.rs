@@ -6,6 +6,7 @@ use crate::{
     cli::{Replay, Speed},
     follow::LogReader,
     gateway,
+    identity::Identity,
     recording::{Choices, Recording, TimeFormat},
     report::{Count, Progress, Stats, Summary},
     send::{Unsettled, pace, upload},
@@ -80,12 +81,13 @@ pub async fn run(arguments: Replay) -> anyhow::Result<Verdict> {
     }
     let batch = batch_readings(&arguments);
     let queue = open_queue(&arguments, &recording, &units, batch).await?;
-    let channel = gateway::connect(common, 1).await?.remove(0);
+    let operator = gateway::connect(common, 1).await?.remove(0);
+    let channel = Identity::ask(&operator).await?.of_device(&operator, &arguments.device).await?;
     let known_batches = gateway::upload_position(&channel, arguments.device.as_str(), queue.stream_id()).await?;
 
-    let reader = Reader::new(channel.clone());
+    let reader = Reader::new(operator.clone());
     let before = match common.verify {
-        true => Some(Before::find(&reader, &channel, &arguments).await?),
+        true => Some(Before::find(&reader, &operator, &arguments).await?),
         false => None,
     };
 

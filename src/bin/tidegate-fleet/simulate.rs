@@ -5,6 +5,7 @@ use crate::{
     cli::Simulate,
     follow::LogReader,
     gateway,
+    identity::Identity,
     report::{Count, DeviceObserver, Progress, Stats, Summary},
     sensors::{Batches, Schedule},
     verify::{Account, BySensor, Differences, Reader, compare, compare_counts},
@@ -28,6 +29,8 @@ const DEVICES_PER_CONNECTION: u32 = 250;
 /// What a device keeps while the gateway is away; a device whose queue is full stops measuring until there is room.
 const QUEUE_LIMITS: QueueLimits =
     QueueLimits { batches_max: 10_000, bytes_max: 16 << 20, batch_bytes_max: 1 << 20, when_full: WhenFull::Refuse };
+/// For how many devices tokens are made at once.
+const TOKENS_MADE_AT_ONCE: usize = 16;
 /// How many devices are verified at once.
 const VERIFIED_AT_ONCE: usize = 4;
 /// How many readings are read back at once.
@@ -83,6 +86,7 @@ pub async fn run(arguments: Simulate) -> anyhow::Result<Verdict> {
     let connections = arguments.connections.unwrap_or(arguments.devices.div_ceil(DEVICES_PER_CONNECTION));
     let channels = gateway::connect(common, connections).await?;
     let reader = Reader::new(channels[0].clone());
+    let ways = ways(&channels, arguments.seed, arguments.devices).await?;
     let before = match common.verify {
         true => Some(Before::find(&reader, &channels[0], arguments.seed, arguments.devices).await?),
         false => None,
@@ -92,7 +96,7 @@ pub async fn run(arguments: Simulate) -> anyhow::Result<Verdict> {
     interrupt_on_ctrl_c(fleet.interrupted.clone());
     let done = CancellationToken::new();
     let shown = tokio::spawn(progress.show(fleet.stats.clone(), done.clone()));
-    let runs = run_devices(&fleet, &channels).await?;
+    let runs = run_devices(&fleet, ways).await?;
     done.cancel();
     shown.await?;
 
@@ -163,10 +167,19 @@ impl Fleet {
     }
 }
 
-async fn run_devices(fleet: &Arc<Fleet>, channels: &[Channel]) -> anyhow::Result<Vec<DeviceRun>> {
+/// Each device's way to the gateway, in the order of their numbers.
+async fn ways(channels: &[Channel], seed: u64, devices: u32) -> anyhow::Result<Vec<Channel>> {
+    let identity = &Identity::ask(&channels[0]).await?;
+    let ways = (1..=devices).map(|device| async move {
+        let channel = &channels[device as usize % channels.len()];
+        identity.of_device(channel, &device_name(seed, device)).await
+    });
+    stream::iter(ways).buffered(TOKENS_MADE_AT_ONCE).try_collect().await
+}
+
+async fn run_devices(fleet: &Arc<Fleet>, ways: Vec<Channel>) -> anyhow::Result<Vec<DeviceRun>> {
     let mut tasks = JoinSet::new();
-    for device in 1..=fleet.devices {
-        let channel = channels[device as usize % channels.len()].clone();
+    for (device, channel) in (1..).zip(ways) {
         tasks.spawn(run_device(fleet.clone(), device, channel));
     }
     let mut runs = Vec::with_capacity(fleet.devices as usize);
