@@ -6,7 +6,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from stack import Failure, eventually
 
-SERVICES = [f"tidegate.v1.{name}Service" for name in ("Telemetry", "DeviceLink", "Live", "Config", "Reading", "Device")]
+SERVICES = [f"tidegate.v1.{name}Service" for name in ("Telemetry", "DeviceLink", "Live", "Config", "Reading", "Device", "Credential", "Operator")]
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
@@ -19,6 +19,12 @@ def run(stack):
         health = health_pb2_grpc.HealthStub(channel)
         check(health)
         watch(stack, container, health)
+
+
+def without_tls(stack, container):
+    exit_codes(stack, container)
+    with grpc.insecure_channel(stack.port(container, 50051)) as channel:
+        check(health_pb2_grpc.HealthStub(channel))
 
 
 def exit_codes(stack, container):
