@@ -3,7 +3,7 @@
 //! `docs/ERRORS.md` says of each reason what the client, the operator and support each do; a test holds the two together.
 
 use crate::{
-    model::{DeviceId, Position, StreamId, Violation},
+    model::{BatchReject, DeviceId, Position, StreamId, Violation, batch::reason_name},
     store::StoreError,
 };
 use std::time::Duration;
@@ -138,6 +138,19 @@ pub enum Error {
     /// An operator has this name.
     #[error("there is an operator {0:?} already")]
     OperatorExists(String),
+    /// No rejected batch of the device that is still kept has this number.
+    #[error(
+        "there is no rejected batch {0} of this device: it was replayed or deleted, or so many were rejected since that it is no longer kept"
+    )]
+    DeadLetterNotFound(i64),
+    /// A rejected batch still can't be stored.
+    #[error("the batch {dead_letter} still can't be stored: {reject}")]
+    StillRejected {
+        /// Its number.
+        dead_letter: i64,
+        /// Why.
+        reject: Box<BatchReject>,
+    },
     /// A defect of the gateway. The cause is in its log under the request id.
     #[error("internal error; the gateway's log has the cause under this request id")]
     Internal,
@@ -203,12 +216,14 @@ pub enum Reason {
     EnrolmentKeyUsedUp,
     OperatorNotFound,
     OperatorExists,
+    DeadLetterNotFound,
+    StillRejected,
     Internal,
 }
 
 impl Reason {
     /// All of them, in the order of the documentation.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 28] = [
         Self::InvalidArgument,
         Self::DeviceNotFound,
         Self::DeviceExists,
@@ -234,6 +249,8 @@ impl Reason {
         Self::EnrolmentKeyUsedUp,
         Self::OperatorNotFound,
         Self::OperatorExists,
+        Self::DeadLetterNotFound,
+        Self::StillRejected,
         Self::Internal,
     ];
 
@@ -265,6 +282,8 @@ impl Reason {
             Self::EnrolmentKeyUsedUp => "ENROLMENT_KEY_USED_UP",
             Self::OperatorNotFound => "OPERATOR_NOT_FOUND",
             Self::OperatorExists => "OPERATOR_EXISTS",
+            Self::DeadLetterNotFound => "DEAD_LETTER_NOT_FOUND",
+            Self::StillRejected => "STILL_REJECTED",
             Self::Internal => "INTERNAL",
         }
     }
@@ -273,12 +292,15 @@ impl Reason {
     pub fn code(self) -> Code {
         match self {
             Self::InvalidArgument | Self::ConfigTooLarge => Code::InvalidArgument,
-            Self::DeviceNotFound | Self::SensorNotFound | Self::ConfigNotFound | Self::CredentialNotFound | Self::OperatorNotFound => {
-                Code::NotFound
-            }
+            Self::DeviceNotFound
+            | Self::SensorNotFound
+            | Self::ConfigNotFound
+            | Self::CredentialNotFound
+            | Self::OperatorNotFound
+            | Self::DeadLetterNotFound => Code::NotFound,
             Self::DeviceExists | Self::OperatorExists => Code::AlreadyExists,
             Self::DeviceEtagMismatch | Self::ConfigEtagMismatch => Code::Aborted,
-            Self::SequenceGap | Self::EnrolmentKeyUsedUp => Code::FailedPrecondition,
+            Self::SequenceGap | Self::EnrolmentKeyUsedUp | Self::StillRejected => Code::FailedPrecondition,
             Self::CredentialMissing | Self::CredentialInvalid | Self::CredentialExpired | Self::CredentialRevoked => Code::Unauthenticated,
             Self::PermissionDenied => Code::PermissionDenied,
             Self::PositionExpired => Code::OutOfRange,
@@ -333,6 +355,8 @@ impl Error {
             Self::EnrolmentKeyUsedUp => Reason::EnrolmentKeyUsedUp,
             Self::OperatorNotFound(_) => Reason::OperatorNotFound,
             Self::OperatorExists(_) => Reason::OperatorExists,
+            Self::DeadLetterNotFound(_) => Reason::DeadLetterNotFound,
+            Self::StillRejected { .. } => Reason::StillRejected,
             Self::Internal => Reason::Internal,
         }
     }
@@ -361,6 +385,12 @@ impl Error {
             Self::TooSlow { setting, limit } => vec![("setting", (*setting).to_owned()), ("limit_ms", limit.as_millis().to_string())],
             Self::CredentialNotFound(credential) => vec![("credential", credential.clone())],
             Self::OperatorNotFound(operator) | Self::OperatorExists(operator) => vec![("operator", operator.clone())],
+            Self::DeadLetterNotFound(id) => vec![("dead_letter", id.to_string())],
+            Self::StillRejected { dead_letter, reject } => vec![
+                ("dead_letter", dead_letter.to_string()),
+                ("reject_reason", reason_name(reject.reason).to_owned()),
+                ("field", reject.field.clone()),
+            ],
             Self::InvalidArgument(_)
             | Self::PositionExpired { .. }
             | Self::StoreUnavailable

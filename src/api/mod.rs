@@ -2,6 +2,7 @@
 
 mod config;
 mod credential;
+mod dead_letter;
 mod desk;
 mod device;
 mod device_link;
@@ -15,6 +16,7 @@ mod telemetry;
 
 pub use config::ConfigApi;
 pub use credential::CredentialApi;
+pub use dead_letter::DeadLetterApi;
 pub use device::DeviceApi;
 pub use device_link::DeviceLinkApi;
 pub use live::LiveApi;

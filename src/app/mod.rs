@@ -11,7 +11,7 @@ pub mod signals;
 mod space;
 
 use crate::{
-    api::{ConfigApi, CredentialApi, DeviceApi, DeviceLinkApi, LiveApi, OperatorApi, ReadingApi, TelemetryApi},
+    api::{ConfigApi, CredentialApi, DeadLetterApi, DeviceApi, DeviceLinkApi, LiveApi, OperatorApi, ReadingApi, TelemetryApi},
     auth::{AuditLog, Authenticator, Directory},
     config::{AuthMode, Config},
     fleet::{Configs, Registry, reconciler},
@@ -350,6 +350,7 @@ impl Services<'_> {
         let unacknowledged_max = config.ingest.unacknowledged_batches_max;
         let store = sources.store.clone();
         let telemetry = TelemetryApi { ingest: ingest.clone(), registry: registry.clone(), store: store.clone(), unacknowledged_max };
+        let dead_letter = DeadLetterApi { ingest: ingest.clone(), registry: registry.clone(), store: store.clone() };
         let device_link =
             DeviceLinkApi { ingest, registry: registry.clone(), configs: configs.clone(), store: store.clone(), unacknowledged_max };
         let device = DeviceApi {
@@ -383,6 +384,7 @@ impl Services<'_> {
             .add_service(service!(live_service_server, LiveServiceServer, LiveApi { sources }))
             .add_service(service!(config_service_server, ConfigServiceServer, config_api))
             .add_service(service!(reading_service_server, ReadingServiceServer, reading))
+            .add_service(service!(dead_letter_service_server, DeadLetterServiceServer, dead_letter))
             .add_service(service!(device_service_server, DeviceServiceServer, device))
             .add_service(service!(credential_service_server, CredentialServiceServer, credential))
             .add_service(service!(operator_service_server, OperatorServiceServer, operator))

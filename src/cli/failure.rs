@@ -139,6 +139,8 @@ fn hint(reason: Reason) -> Option<&'static str> {
         Reason::PermissionDenied => Some("`tidegate whoami` shows your role and scope."),
         Reason::OperatorNotFound => Some("`tidegate operator list` shows all operators."),
         Reason::OperatorExists => Some("`tidegate operator update` changes it."),
+        Reason::DeadLetterNotFound => Some("`tidegate dead-letter list` shows the rejected batches that are still kept."),
+        Reason::StillRejected => Some("`tidegate dead-letter show` shows what was received."),
         Reason::Internal => Some("The gateway's log has the cause."),
         Reason::InvalidArgument
         | Reason::ConfigTooLarge

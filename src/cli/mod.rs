@@ -10,11 +10,13 @@ mod configure;
 mod copy;
 mod credential;
 mod credentials;
+mod dead_letter;
 mod device;
 mod export;
 mod failure;
 mod follow;
 mod health;
+mod ledger;
 mod operator;
 mod parse;
 mod print;
@@ -67,6 +69,11 @@ enum Command {
     /// Register, show, change and delete devices.
     #[command(subcommand)]
     Device(device::DeviceCommand),
+    /// Show what became of all that devices sent: stored, received again, rejected and why, lost by the device.
+    Ledger(ledger::LedgerArgs),
+    /// List, show, replay and delete rejected batches.
+    #[command(subcommand)]
+    DeadLetter(dead_letter::DeadLetterCommand),
     /// Make, list and revoke the tokens of devices.
     #[command(subcommand)]
     Credential(credential::CredentialCommand),
@@ -142,6 +149,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Config(ConfigArgs { command: None, gateway }) => out.write_all(gateway.load()?.to_commented_toml().as_bytes())?,
         Command::Config(ConfigArgs { command: Some(command), .. }) => block_on(configure::run(command, out))?,
         Command::Device(command) => block_on(device::run(command, out))?,
+        Command::Ledger(args) => block_on(ledger::run(args, out))?,
+        Command::DeadLetter(command) => block_on(dead_letter::run(command, out))?,
         Command::Credential(command) => block_on(credential::run(command, out))?,
         Command::EnrolmentKey(command) => block_on(credential::run_keys(command, out))?,
         Command::Enrol(args) => block_on(credential::enrol(args, out))?,

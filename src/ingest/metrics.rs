@@ -16,6 +16,7 @@ pub(super) struct IngestMetrics {
     pub stored_bytes: Counter,
     pub duplicate_batches: Counter,
     pub duplicate_readings: Counter,
+    pub replayed_batches: Counter,
     pub sequence_gaps: Counter,
     pub unavailable_batches: Counter,
     pub commit_seconds: Histogram,
@@ -38,6 +39,7 @@ impl IngestMetrics {
             stored_bytes: counter(names::STORED_BYTES),
             duplicate_batches: counter(names::DUPLICATE_BATCHES),
             duplicate_readings: counter(names::DUPLICATE_READINGS),
+            replayed_batches: counter(names::REPLAYED_BATCHES),
             sequence_gaps: counter(names::SEQUENCE_GAPS),
             unavailable_batches: counter(names::UNAVAILABLE_BATCHES),
             commit_seconds: metrics.histogram(names::COMMIT_DURATION, &[]),
@@ -52,6 +54,12 @@ impl IngestMetrics {
         let (mut stored, mut duplicate, mut bytes) = (Count::default(), Count::default(), 0);
         for (Submitted { run, .. }, decision) in runs.iter().zip(decisions) {
             let Ok(replies) = decision else { continue };
+            if run.dead_letter.is_some() {
+                // It was received, and counted, when it was rejected.
+                let replayed = replies.iter().filter(|reply| matches!(reply.outcome, Outcome::Stored { .. })).count();
+                self.replayed_batches.increment(replayed as u64);
+                continue;
+            }
             for (batch, Reply { sequence, outcome, .. }) in run.batches.iter().zip(replies) {
                 match outcome {
                     Outcome::Stored { readings } => {

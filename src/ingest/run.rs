@@ -1,11 +1,11 @@
 //! What one stream has sent by now: batches that were admitted and checked, one behind the other in one buffer.
 
-use super::{Ingest, Outcome, Reply};
+use super::{Ingest, Outcome, Pending, Reply};
 use crate::{
     error::Error,
     fleet::{Device, Sensors},
     model::{BatchReject, CheckedBatch, StreamId, Timestamp, batch::BatchSensors},
-    store::SensorRow,
+    store::{DeadLetterRow, SensorRow},
 };
 use bytes::Bytes;
 use std::{collections::HashMap, ops::Range, sync::Arc};
@@ -45,6 +45,8 @@ pub struct Run {
     // What the device had when the run began: a sensor that it has is never taken away.
     sensors: Arc<Sensors>,
     admitted: Option<OwnedSemaphorePermit>,
+    // The number of the rejected batch that it is, and the reason: it is judged once more, outside of its stream's order.
+    pub(super) dead_letter: Option<(i64, String)>,
 }
 
 /// A batch of a run.
@@ -93,9 +95,18 @@ impl Ingest {
             bytes: Vec::with_capacity(first.batch.len()),
             sensors: device.sensors(),
             admitted: None,
+            dead_letter: None,
         };
         self.push(&mut run, first, permit);
         Ok(run)
+    }
+
+    /// Has a batch that was rejected judged once more. Of the outcomes, `Duplicate` says that it is no longer kept.
+    pub async fn replay(&self, device: &Arc<Device>, rejected: DeadLetterRow) -> Result<Pending, Error> {
+        let DeadLetterRow { id, stream_id, sequence, reason, batch, .. } = rejected;
+        let mut run = self.begin(device, stream_id, Envelope { sequence, batch, ..Envelope::default() }).await?;
+        run.dead_letter = Some((id, reason));
+        self.submit(run).await
     }
 
     /// Adds a batch to a run, if there is room for it without waiting; else it is given back, for a run of its own.

@@ -243,6 +243,11 @@ impl Writer {
                 unchanged(row)
             }
         };
+        if let Some((id, reason)) = &run.dead_letter {
+            let outcome = self.replay(tx, group, index, run, &mut change, (*id, reason)).await?;
+            group.streams.insert(stream, change);
+            return Ok(Ok(vec![Reply { sequence: run.batches[0].sequence, outcome, durable_through: change.sequence_after }]));
+        }
         let mut replies = Vec::with_capacity(run.len());
         for (number, batch) in run.batches.iter().enumerate() {
             let outcome = match place(&mut change, batch, run.receive_time) {
@@ -264,6 +269,31 @@ impl Writer {
         }
         group.streams.insert(stream, change);
         Ok(Ok(replies))
+    }
+
+    /// Says of a batch that was rejected what is to become of it now. Its place in its stream it had when it was rejected, so that all
+    /// that moves on is what is counted.
+    async fn replay(
+        &self,
+        tx: &mut WriteTx<'_>,
+        group: &mut Group,
+        index: usize,
+        run: &Run,
+        change: &mut StreamChange,
+        (id, reason): (i64, &str),
+    ) -> Result<Outcome, StoreError> {
+        let batch = &run.batches[0];
+        let summary = match self.judge(tx, group, run, batch).await? {
+            Ok(summary) => summary,
+            Err(reject) => return Ok(Outcome::Rejected(reject)),
+        };
+        let Some((_, counted)) = tx.take_dead_letter(run.device.key, id).await? else {
+            return Ok(Outcome::Duplicate { readings: batch.readings() });
+        };
+        tx.uncount_rejected(run.device.key, reason, counted).await?;
+        change.stored.add(batch.readings());
+        group.add_entry(Entry::new(index, 0, change.key, batch, summary));
+        Ok(Outcome::Stored { readings: batch.readings() })
     }
 
     /// Whether a batch can be stored; if so, the sensors that it brings are.
@@ -525,7 +555,7 @@ struct StagedSensors {
 }
 
 fn changes_anything(change: &StreamChange) -> bool {
-    change.sequence_after != change.sequence_before || change.duplicate.batches > 0
+    change.sequence_after != change.sequence_before || change.duplicate.batches > 0 || change.stored.batches > 0
 }
 
 /// Writes sensors that are new or have their unit said; whether all are as the batch has them.

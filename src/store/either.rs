@@ -1,9 +1,9 @@
 //! One face for both databases: each method says what every store does, and hands on to the one that the gateway runs on.
 
 use super::{
-    AuditQuery, AuditRow, ChunkSpan, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, Count, CredentialKind, CredentialRow, DeviceKey,
-    DeviceRow, Extent, LatestRow, LedgerRow, LogRow, LogSize, Migrated, NewChunk, NewLogRow, NewRejection, OperatorKey, OperatorRow,
-    SensorRow, StoreError, StreamChange, StreamRow, Unmerged,
+    AuditQuery, AuditRow, ChunkSpan, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, Count, CredentialKind, CredentialRow,
+    DeadLetterRow, DeviceKey, DeviceRow, Extent, LatestRow, LedgerRow, LogRow, LogSize, Migrated, NewChunk, NewLogRow, NewRejection,
+    OperatorKey, OperatorRow, SensorRow, StoreError, StreamChange, StreamRow, Unmerged,
     postgres::{PostgresChanges, PostgresStore, PostgresTx, answered, read},
     sqlite::{SqliteStore, SqliteTx},
 };
@@ -201,6 +201,12 @@ impl Store {
         /// How many readings were ever stored of each of some devices; those of which none was are left out.
         async fn stored_readings(&self, devices: &[DeviceKey]) -> Result<HashMap<DeviceKey, u64>, StoreError>;
 
+        /// The batches of a device that were kept aside, without their bytes, in the order of their numbers from behind `after`.
+        async fn dead_letters(&self, device: DeviceKey, after: i64, rows_max: usize) -> Result<Vec<DeadLetterRow>, StoreError>;
+
+        /// A batch of a device that was kept aside; `None` when it is not there.
+        async fn dead_letter(&self, device: DeviceKey, id: i64) -> Result<Option<DeadLetterRow>, StoreError>;
+
         /// The account of a device: the sums over all of its streams, and those that were last heard of, the last first.
         async fn ledger(&self, device: DeviceKey) -> Result<LedgerRow, StoreError>;
 
@@ -316,6 +322,12 @@ impl WriteTx<'_> {
 
         /// Keeps rejected batches aside and counts them; of all that are kept, those before the last `kept_max` are deleted.
         async fn reject(&mut self, rows: &[NewRejection], kept_max: u32) -> Result<(), StoreError>;
+
+        /// Deletes a batch that was kept aside; its reason and how many readings it has, or `None` when it is not there.
+        async fn take_dead_letter(&mut self, device: DeviceKey, id: i64) -> Result<Option<(String, u64)>, StoreError>;
+
+        /// Counts a batch that was rejected as one that was not.
+        async fn uncount_rejected(&mut self, device: DeviceKey, reason: &str, readings: u64) -> Result<(), StoreError>;
 
         /// Registers a device; `None` when the id is taken.
         async fn insert_device(

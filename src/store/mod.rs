@@ -234,6 +234,31 @@ pub struct NewRejection {
     pub batch: Bytes,
 }
 
+/// A batch that was kept aside.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeadLetterRow {
+    /// Its number.
+    pub id: i64,
+    /// Which stream it came in.
+    pub stream_id: StreamId,
+    /// Its sequence there.
+    pub sequence: u64,
+    /// When it came in.
+    pub receive_time: Timestamp,
+    /// Why it was rejected: the reason's name.
+    pub reason: String,
+    /// Where its fault is.
+    pub field: String,
+    /// What its fault is.
+    pub message: String,
+    /// How many readings it has; 0 when it can't be read.
+    pub readings: u64,
+    /// How many bytes.
+    pub size_bytes: u64,
+    /// Its bytes; empty in a list.
+    pub batch: Bytes,
+}
+
 /// What one transaction adds to a stream's row.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct StreamChange {

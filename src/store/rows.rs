@@ -5,10 +5,10 @@ macro_rules! row_readers {
     ($row:ty, $database:ty) => {
         use crate::{
             history::chunk::{Chunk, Encoding},
-            model::{DeviceId, Labels, Position, Timestamp, ValueKind},
+            model::{DeviceId, Labels, Position, StreamId, Timestamp, ValueKind},
             store::{
                 AuditRow, ConfigOutcome, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, Count, CredentialKind, CredentialRow,
-                DeviceKey, DeviceRow, LogRow, LogSize, OperatorKey, OperatorRow, SensorRow, StoreError,
+                DeadLetterRow, DeviceKey, DeviceRow, LogRow, LogSize, OperatorKey, OperatorRow, SensorRow, StoreError,
             },
         };
         use bytes::Bytes;
@@ -40,6 +40,21 @@ macro_rules! row_readers {
                 device: key_column(row)?,
                 receive_time: time_column(row, "receive_time")?,
                 batches: count_column(row, "batches")?,
+                batch: Bytes::from(column::<Vec<u8>>(row, "batch")?),
+            })
+        }
+
+        pub fn dead_letter_row(row: &$row) -> Result<DeadLetterRow, StoreError> {
+            Ok(DeadLetterRow {
+                id: column(row, "rejection_id")?,
+                stream_id: StreamId::parse(row.try_get("stream_id")?).map_err(StoreError::Damaged)?,
+                sequence: count_column(row, "sequence")?,
+                receive_time: time_column(row, "receive_time")?,
+                reason: column(row, "reason")?,
+                field: column(row, "field")?,
+                message: column(row, "message")?,
+                readings: count_column(row, "readings")?,
+                size_bytes: count_column(row, "size_bytes")?,
                 batch: Bytes::from(column::<Vec<u8>>(row, "batch")?),
             })
         }

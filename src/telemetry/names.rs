@@ -109,6 +109,8 @@ pub const DUPLICATE_READINGS: &str = "tidegate_duplicate_readings_total";
 pub const REJECTED_BATCHES: &str = "tidegate_rejected_batches_total";
 /// Readings in them. `reason`: as [`REJECTED_BATCHES`].
 pub const REJECTED_READINGS: &str = "tidegate_rejected_readings_total";
+/// Rejected batches that were stored after all; they are not among the stored ones.
+pub const REPLAYED_BATCHES: &str = "tidegate_replayed_batches_total";
 /// Batches that skipped sequences.
 pub const SEQUENCE_GAPS: &str = "tidegate_sequence_gaps_total";
 /// Batches refused while the store took none.
@@ -231,6 +233,13 @@ pub static METRICS: &[Metric] = &[
     metric(DUPLICATE_READINGS, Kind::Counter, "readings", &[], "Readings in the batches that came again."),
     metric(REJECTED_BATCHES, Kind::Counter, "batches", &["reason"], "Batches that can never be stored and were kept aside, by reason."),
     metric(REJECTED_READINGS, Kind::Counter, "readings", &["reason"], "Readings in the rejected batches, as far as these could be read."),
+    metric(
+        REPLAYED_BATCHES,
+        Kind::Counter,
+        "batches",
+        &[],
+        "Rejected batches that an operator had stored after all; not counted as stored here.",
+    ),
     metric(SEQUENCE_GAPS, Kind::Counter, "gaps", &[], "Batches that skipped sequences, and were refused until those before them come."),
     metric(
         UNAVAILABLE_BATCHES,

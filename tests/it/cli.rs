@@ -179,6 +179,16 @@ fn a_device_from_its_registration_to_its_deletion() {
         serde_json::from_str(&gateway.ok(&["query", "pump-1", "--bucket", "1m", "--format", "json"])).expect("one line of JSON");
     assert_eq!((&bucket["count"], &bucket["avg"]), (&3.into(), &1.5.into()));
 
+    let ledger = gateway.ok(&["ledger"]);
+    assert!(ledger.contains("\ntotal of 1 ") && ledger.ends_with("Of 3 readings that were received 3 are stored.\n"), "{ledger}");
+    let total: Vec<serde_json::Value> =
+        gateway.ok(&["ledger", "--json"]).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!((&total[0]["device"], &total[1]["device"]), (&"pump-1".into(), &serde_json::Value::Null));
+    assert_eq!(total[1]["received"], serde_json::json!({"batches": 1, "readings": 3}));
+    assert_eq!(gateway.ok(&["dead-letter", "list", "pump-1", "--json"]), "");
+    assert_eq!(gateway.ok(&["dead-letter", "replay", "pump-1", "--all"]), "");
+    assert!(gateway.fails(1, &["dead-letter", "replay", "pump-1", "7"]).contains("reason: DEAD_LETTER_NOT_FOUND dead_letter=7"));
+
     assert!(gateway.fails(2, &["device", "delete", "pump-1"]).contains("--yes"));
     assert_eq!(gateway.ok(&["device", "delete", "pump-1", "--yes"]), "pump-1 is deleted\n");
     assert!(gateway.fails(1, &["device", "show", "pump-1"]).contains("reason: DEVICE_NOT_FOUND"));

@@ -10,6 +10,7 @@ mod bench;
 mod cli;
 mod configure;
 mod copy;
+mod dead_letters;
 mod devices;
 #[cfg(target_os = "linux")]
 mod disk_failure;

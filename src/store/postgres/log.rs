@@ -2,14 +2,14 @@
 
 use super::{
     PostgresStore, PostgresTx, changes,
-    rows::{add_count, column, count_column, key_column, log_page, log_size, time_column},
+    rows::{add_count, column, count_column, dead_letter_row, key_column, log_page, log_size, time_column},
     text,
 };
 use crate::{
     model::{Position, StreamId, Timestamp, batch::reason_name},
     store::{
-        Count, DeviceKey, LedgerRow, LogRow, LogSize, NewLogRow, NewRejection, StoreError, StreamChange, StreamRow, Unmerged,
-        rows::as_integer,
+        Count, DeadLetterRow, DeviceKey, LedgerRow, LogRow, LogSize, NewLogRow, NewRejection, StoreError, StreamChange, StreamRow,
+        Unmerged, rows::as_integer,
     },
 };
 use futures_util::TryStreamExt;
@@ -119,7 +119,7 @@ impl PostgresTx<'_> {
                  duplicate_readings = old.duplicate_readings + new.duplicate_readings, \
                  lost_batches = old.lost_batches + new.lost_batches, \
                  lost_readings = old.lost_readings + least(new.lost_readings, 9223372036854775807 - old.lost_readings), \
-                 receive_time = new.receive_time \
+                 receive_time = greatest(old.receive_time, new.receive_time) \
              FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[], \
                  $9::bigint[], $10::bigint[]) \
                  AS new (stream_key, sequence_before, sequence_after, stored_batches, stored_readings, duplicate_batches, \
@@ -173,6 +173,25 @@ impl PostgresTx<'_> {
         .await?;
         sqlx::query("DELETE FROM rejected_batches WHERE rejection_id <= (SELECT max(rejection_id) FROM rejected_batches) - $1")
             .bind(i64::from(kept_max))
+            .execute(&mut self.connection)
+            .await?;
+        Ok(())
+    }
+
+    pub async fn take_dead_letter(&mut self, device: DeviceKey, id: i64) -> Result<Option<(String, u64)>, StoreError> {
+        let row = sqlx::query("DELETE FROM rejected_batches WHERE device_id = $1 AND rejection_id = $2 RETURNING reason, readings")
+            .bind(device.0)
+            .bind(id)
+            .fetch_optional(&mut self.connection)
+            .await?;
+        row.map(|row| Ok((column(&row, "reason")?, count_column(&row, "readings")?))).transpose()
+    }
+
+    pub async fn uncount_rejected(&mut self, device: DeviceKey, reason: &str, readings: u64) -> Result<(), StoreError> {
+        sqlx::query("UPDATE rejected_counts SET batches = batches - 1, readings = readings - $3 WHERE device_id = $1 AND reason = $2")
+            .bind(device.0)
+            .bind(reason)
+            .bind(as_integer(readings))
             .execute(&mut self.connection)
             .await?;
         Ok(())
@@ -272,6 +291,34 @@ impl PostgresStore {
         rows.iter().map(|row| Ok((key_column(row)?, count_column(row, "readings")?))).collect()
     }
 
+    pub async fn dead_letters(&self, device: DeviceKey, after: i64, rows_max: usize) -> Result<Vec<DeadLetterRow>, StoreError> {
+        let rows = sqlx::query(
+            "SELECT rejection_id, stream_id, rejected.sequence, rejected.receive_time, reason, field, message, readings, \
+                 octet_length(batch)::bigint AS size_bytes, ''::bytea AS batch \
+             FROM rejected_batches rejected JOIN streams USING (stream_key) \
+             WHERE rejected.device_id = $1 AND rejection_id > $2 ORDER BY rejection_id LIMIT $3",
+        )
+        .bind(device.0)
+        .bind(after)
+        .bind(rows_max as i64)
+        .fetch_all(self.readers())
+        .await?;
+        rows.iter().map(dead_letter_row).collect()
+    }
+
+    pub async fn dead_letter(&self, device: DeviceKey, id: i64) -> Result<Option<DeadLetterRow>, StoreError> {
+        let row = sqlx::query(
+            "SELECT rejection_id, stream_id, rejected.sequence, rejected.receive_time, reason, field, message, readings, \
+                 octet_length(batch)::bigint AS size_bytes, batch \
+             FROM rejected_batches rejected JOIN streams USING (stream_key) WHERE rejected.device_id = $1 AND rejection_id = $2",
+        )
+        .bind(device.0)
+        .bind(id)
+        .fetch_optional(self.readers())
+        .await?;
+        row.as_ref().map(dead_letter_row).transpose()
+    }
+
     pub async fn ledger(&self, device: DeviceKey) -> Result<LedgerRow, StoreError> {
         let mut ledger = LedgerRow::default();
         // One snapshot: both tables as of the same commit.
@@ -288,10 +335,11 @@ impl PostgresStore {
             add_count(&mut ledger.lost, &row, "lost_batches", "lost_readings")?;
         }
         drop(streams);
-        let rejected = sqlx::query("SELECT reason, batches, readings FROM rejected_counts WHERE device_id = $1 ORDER BY reason")
-            .bind(device.0)
-            .fetch_all(&mut *tx)
-            .await?;
+        let rejected =
+            sqlx::query("SELECT reason, batches, readings FROM rejected_counts WHERE device_id = $1 AND batches > 0 ORDER BY reason")
+                .bind(device.0)
+                .fetch_all(&mut *tx)
+                .await?;
         for row in &rejected {
             let mut count = Count::default();
             add_count(&mut count, row, "batches", "readings")?;

@@ -2,13 +2,13 @@
 
 use super::{
     Places, ROWS_PER_STATEMENT, SqliteStore, SqliteTx,
-    rows::{add_count, column, count_column, key_column, log_page, log_size, time_column},
+    rows::{add_count, column, count_column, dead_letter_row, key_column, log_page, log_size, time_column},
 };
 use crate::{
     model::{Position, StreamId, Timestamp, batch::reason_name},
     store::{
-        Count, DeviceKey, LedgerRow, LogRow, LogSize, NewLogRow, NewRejection, StoreError, StreamChange, StreamRow, Unmerged,
-        rows::as_integer,
+        Count, DeadLetterRow, DeviceKey, LedgerRow, LogRow, LogSize, NewLogRow, NewRejection, StoreError, StreamChange, StreamRow,
+        Unmerged, rows::as_integer,
     },
 };
 use futures_util::TryStreamExt;
@@ -87,7 +87,7 @@ impl SqliteTx<'_> {
                  stored_batches = stored_batches + new.column4, stored_readings = stored_readings + new.column5, \
                  duplicate_batches = duplicate_batches + new.column6, duplicate_readings = duplicate_readings + new.column7, \
                  lost_batches = lost_batches + new.column8, \
-                 lost_readings = lost_readings + min(new.column9, 9223372036854775807 - lost_readings), receive_time = new.column10 \
+                 lost_readings = lost_readings + min(new.column9, 9223372036854775807 - lost_readings), receive_time = max(receive_time, new.column10) \
                  FROM (VALUES {}) AS new WHERE streams.stream_key = new.column1 AND streams.last_sequence = new.column2",
                 places.tuples()
             );
@@ -131,6 +131,25 @@ impl SqliteTx<'_> {
         }
         sqlx::query("DELETE FROM rejected_batches WHERE rejection_id <= (SELECT max(rejection_id) FROM rejected_batches) - ?")
             .bind(i64::from(kept_max))
+            .execute(&mut self.connection)
+            .await?;
+        Ok(())
+    }
+
+    pub async fn take_dead_letter(&mut self, device: DeviceKey, id: i64) -> Result<Option<(String, u64)>, StoreError> {
+        let row = sqlx::query("DELETE FROM rejected_batches WHERE device_id = ? AND rejection_id = ? RETURNING reason, readings")
+            .bind(device.0)
+            .bind(id)
+            .fetch_optional(&mut self.connection)
+            .await?;
+        row.map(|row| Ok((column(&row, "reason")?, count_column(&row, "readings")?))).transpose()
+    }
+
+    pub async fn uncount_rejected(&mut self, device: DeviceKey, reason: &str, readings: u64) -> Result<(), StoreError> {
+        sqlx::query("UPDATE rejected_counts SET batches = batches - 1, readings = readings - ? WHERE device_id = ? AND reason = ?")
+            .bind(as_integer(readings))
+            .bind(device.0)
+            .bind(reason)
             .execute(&mut self.connection)
             .await?;
         Ok(())
@@ -228,6 +247,34 @@ impl SqliteStore {
         rows.iter().map(|row| Ok((key_column(row)?, count_column(row, "readings")?))).collect()
     }
 
+    pub async fn dead_letters(&self, device: DeviceKey, after: i64, rows_max: usize) -> Result<Vec<DeadLetterRow>, StoreError> {
+        let rows = sqlx::query(
+            "SELECT rejection_id, stream_id, rejected.sequence, rejected.receive_time, reason, field, message, readings, \
+                 length(batch) AS size_bytes, x'' AS batch \
+             FROM rejected_batches rejected JOIN streams USING (stream_key) \
+             WHERE rejected.device_id = ? AND rejection_id > ? ORDER BY rejection_id LIMIT ?",
+        )
+        .bind(device.0)
+        .bind(after)
+        .bind(rows_max as i64)
+        .fetch_all(self.readers())
+        .await?;
+        rows.iter().map(dead_letter_row).collect()
+    }
+
+    pub async fn dead_letter(&self, device: DeviceKey, id: i64) -> Result<Option<DeadLetterRow>, StoreError> {
+        let row = sqlx::query(
+            "SELECT rejection_id, stream_id, rejected.sequence, rejected.receive_time, reason, field, message, readings, \
+                 length(batch) AS size_bytes, batch \
+             FROM rejected_batches rejected JOIN streams USING (stream_key) WHERE rejected.device_id = ? AND rejection_id = ?",
+        )
+        .bind(device.0)
+        .bind(id)
+        .fetch_optional(self.readers())
+        .await?;
+        row.as_ref().map(dead_letter_row).transpose()
+    }
+
     pub async fn ledger(&self, device: DeviceKey) -> Result<LedgerRow, StoreError> {
         let mut ledger = LedgerRow::default();
         // One read transaction: both tables as of the same commit.
@@ -244,10 +291,11 @@ impl SqliteStore {
             add_count(&mut ledger.lost, &row, "lost_batches", "lost_readings")?;
         }
         drop(streams);
-        let rejected = sqlx::query("SELECT reason, batches, readings FROM rejected_counts WHERE device_id = ? ORDER BY reason")
-            .bind(device.0)
-            .fetch_all(&mut *tx)
-            .await?;
+        let rejected =
+            sqlx::query("SELECT reason, batches, readings FROM rejected_counts WHERE device_id = ? AND batches > 0 ORDER BY reason")
+                .bind(device.0)
+                .fetch_all(&mut *tx)
+                .await?;
         for row in &rejected {
             let mut count = Count::default();
             add_count(&mut count, row, "batches", "readings")?;
