@@ -10,21 +10,55 @@ SERVICES = [f"tidegate.v1.{name}Service" for name in ("Telemetry", "DeviceLink",
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
+# How grpc_health_probe ends, which is what probes of this kind are compared with.
+HEALTHY, NOT_CONNECTED, CALL_FAILED, UNHEALTHY = 0, 2, 3, 4
+
+
 def run(stack):
-    container = stack.container("gateway")
+    container, authority = stack.container("gateway"), stack.authority()
     exit_codes(stack, container)
-    show = ("run", "--rm", "--no-deps", "-T", "--entrypoint", "cat", "secrets", "/secrets/authority/authority.pem")
-    authority = stack.compose(*show)
-    with grpc.secure_channel(stack.port(container, 50051), grpc.ssl_channel_credentials(authority.encode())) as channel:
+    outside(stack, container, authority)
+    with grpc.secure_channel(stack.port(container, 50051), grpc.ssl_channel_credentials(authority)) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         check(health)
         watch(stack, container, health)
 
 
-def without_tls(stack, container):
-    exit_codes(stack, container)
-    with grpc.insecure_channel(stack.port(container, 50051)) as channel:
-        check(health_pb2_grpc.HealthStub(channel))
+def probe(address, service="", authority=None, timeout=5):
+    """What a probe makes of the gateway: with TLS where there is an authority, and without a token, as probes have none."""
+    credentials = authority and grpc.ssl_channel_credentials(authority)
+    with grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout)
+        except grpc.FutureTimeoutError:
+            return NOT_CONNECTED
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout)
+        except grpc.RpcError:
+            return CALL_FAILED
+        return HEALTHY if answer.status == SERVING else UNHEALTHY
+
+
+def expect(what, found, wanted):
+    if found != wanted:
+        raise Failure(f"{what}: {found} instead of {wanted}")
+
+
+def outside(stack, container, authority):
+    """Through the published port: with TLS, without, and while the database is away."""
+    address = stack.port(container, 50051)
+    expect("a probe with TLS", probe(address, "", authority), HEALTHY)
+    expect("a probe of a service that is not there", probe(address, "nobody", authority), CALL_FAILED)
+    expect("a probe without TLS of a gateway that wants it", probe(address), NOT_CONNECTED)
+    database = stack.container("postgres")
+    stack.docker("pause", database)
+    try:
+        eventually("the probe finds the gateway unhealthy", lambda: probe(address, "", authority) == UNHEALTHY)
+        expect("tidegate health without a database", stack.docker("exec", container, "tidegate", "health", check=False).returncode, 1)
+    finally:
+        stack.docker("unpause", database)
+    eventually("the probe finds the gateway healthy", lambda: probe(address, "", authority) == HEALTHY)
+    print("a probe from outside: healthy, unhealthy while the database hangs, healthy again; not connected without TLS")
 
 
 def exit_codes(stack, container):

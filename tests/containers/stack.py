@@ -12,7 +12,7 @@ import urllib.parse
 import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PROJECT = "tidegate-test"
+PROJECT = os.environ.get("TIDEGATE_TEST_PROJECT", "tidegate-test")
 NETWORK = f"{PROJECT}_default"
 # How long what must happen may take. Long, as machines are slow; reached only by a failing test.
 PATIENCE = 180.0
@@ -24,6 +24,8 @@ services:
   postgres: {deploy: {resources: {limits: {cpus: "1"}}}}
   fleet: {deploy: {resources: {limits: {cpus: "0.5"}}}}
   prometheus:
+    # A Prometheus that is stopped does not mark what it saw last as over: for five minutes that would count along.
+    command: [--config.file=/etc/prometheus/prometheus.yml, --storage.tsdb.path=/prometheus, --query.lookback-delta=5s]
     deploy: {resources: {limits: {cpus: "0.5"}}}
     volumes: ["%s:/etc/prometheus:ro"]
 """
@@ -63,6 +65,8 @@ class Stack:
         self.program = program
         self.files = [ROOT / "compose.yaml"]
         self.environment = dict(os.environ, DOCKER_BUILDKIT="1")
+        self.image = self.environment.setdefault("TIDEGATE_IMAGE", "tidegate")
+        self.fleet_image = self.environment.setdefault("TIDEGATE_FLEET_IMAGE", "tidegate-fleet")
         for ports in ("GRPC_PORTS", "PROMETHEUS_PORT", "BALANCER_PORT", "SQLITE_PORT", "GRAFANA_PORT"):
             self.environment[f"TIDEGATE_{ports}"] = "0"
         self.directory = tempfile.TemporaryDirectory(prefix="tidegate-containers-")
@@ -130,6 +134,14 @@ class Stack:
     def port(self, container, port):
         return self.docker("port", container, str(port)).split()[0]
 
+    def authority(self):
+        """The certificate that the stack's own certificates go back to."""
+        show = ("run", "--rm", "--no-deps", "-T", "--entrypoint", "cat", "secrets", "/secrets/authority/authority.pem")
+        return self.compose(*show).encode()
+
+    def sql(self, query, database="tidegate"):
+        return self.compose("exec", "-T", "postgres", "psql", "-U", "tidegate", "-d", database, "-Atc", query).strip()
+
     def prometheus(self, path):
         """What Prometheus' HTTP API answers; None while it is away."""
         try:
@@ -157,21 +169,27 @@ class Stack:
 class Fleet:
     """Simulated devices in a container of their own, which nothing restarts."""
 
-    def __init__(self, stack, seed, endpoint, devices=20):
+    def __init__(self, stack, seed, endpoint, devices=20, duration="100h", operator="operator-secret"):
+        """Of the devices of `seed`; with `operator`, the volume of an administrator's token, or None where nobody is asked for one."""
         self.stack = stack
         self.name = f"{PROJECT}-fleet-{seed}"
-        simulate = ["simulate", "--devices", str(devices), "--connections", str(devices), "--duration", "100h", "--interval", "200ms"]
+        simulate = ["simulate", "--devices", str(devices), "--connections", str(devices), "--duration", duration, "--interval", "200ms"]
         simulate += ["--batch", "6", "--seed", str(seed), "--verify", "--json", "--quiet", "--drain-timeout", "3m", "--endpoint", endpoint]
         hardened = ["--read-only", "--cap-drop", "ALL", "--network", NETWORK, "--cpus", "0.5"]
-        trusting = ["-v", f"{PROJECT}_authority:/authority:ro", "-e", "TIDEGATE_CA_FILE=/authority/authority.pem"]
-        trusting += ["-v", f"{PROJECT}_operator-secret:/operator:ro", "-e", "TIDEGATE_TOKEN_FILE=/operator/admin-token"]
-        image = stack.environment.get("TIDEGATE_FLEET_IMAGE", "tidegate-fleet")
+        trusting = []
+        if operator:
+            trusting += ["-v", f"{PROJECT}_authority:/authority:ro", "-e", "TIDEGATE_CA_FILE=/authority/authority.pem"]
+            trusting += ["-v", f"{PROJECT}_{operator}:/operator:ro", "-e", "TIDEGATE_TOKEN_FILE=/operator/admin-token"]
         stack.docker("rm", "-f", self.name, check=False)
-        stack.docker("run", "-d", "--name", self.name, *hardened, *trusting, image, *simulate)
+        stack.docker("run", "-d", "--name", self.name, *hardened, *trusting, stack.fleet_image, *simulate)
 
     def verify(self):
         """Lets the devices end, and returns what they found; it must be all that they sent, once."""
         self.stack.docker("kill", "-s", "INT", self.name)
+        return self.found()
+
+    def found(self):
+        """The same of devices that end by themselves."""
         eventually("the fleet ends", lambda: self.stack.state(self.name)["Status"] == "exited", patience=600)
         code = self.stack.state(self.name)["ExitCode"]
         logs = self.stack.docker("logs", self.name, check=False)
