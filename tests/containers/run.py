@@ -45,6 +45,7 @@ class Faults:
 
     def __init__(self, stack, chance):
         self.stack, self.chance = stack, chance
+        self.authority = stack.authority()
 
     def kill_gateway(self):
         return self.killed("gateway", {"TidegateGatewayDown", "TidegateNoGateway"})
@@ -70,6 +71,7 @@ class Faults:
         container = self.stack.container(service)
         self.stack.docker("kill", "-s", "KILL", container)
         fired = self.wait_for(alerts)
+        self.probe(service)
         self.stack.docker("start", container)
         return fired
 
@@ -78,11 +80,16 @@ class Faults:
         self.stack.docker(*leave, container)
         try:
             fired = self.wait_for(alerts)
+            self.probe(service)
             # Twenty seconds are longer than a ping's timeout, and shorter than a connection's.
             time.sleep(max(0.0, 20 - (time.monotonic() - begin)))
         finally:
             self.stack.docker(*come_back, container)
         return fired
+
+    def probe(self, service):
+        if service == "postgres":
+            probes.unhealthy(self.stack, self.stack.container("gateway"), self.authority)
 
     def wait_for(self, alerts):
         return eventually(f"one of {', '.join(sorted(alerts))} fires", lambda: self.stack.firing() & alerts).pop()
