@@ -22,7 +22,7 @@ use crate::{
         writer::{self, Writer},
     },
     live::{Latest, Tail, follower::Sources},
-    middleware::{CallTracker, Doors, stack},
+    middleware::{CallTracker, Doors, no_layers, stack},
     pb,
     store::{Store, StoreError},
     telemetry::{Metrics, Readiness},
@@ -96,6 +96,8 @@ pub struct Gateway {
     doors: Doors,
     reload: Arc<Notify>,
     http: HttpServer,
+    // Whether there are no layers around the services: see `build_bare`.
+    bare: bool,
 }
 
 impl Gateway {
@@ -108,6 +110,12 @@ impl Gateway {
     /// no setting for it: nobody's gateway throws away what it acknowledges by a slip of the pen.
     pub async fn build_null_sink(config: Config) -> Result<Self, StartError> {
         Self::build_with(config, Ingest::into_null_sink).await
+    }
+
+    /// The same without the layers around the services, for whoever calls: no identity, no limits, no deadlines, no metrics of calls. To
+    /// measure what these cost, and nothing else; there is no setting for it, either.
+    pub async fn build_bare(config: Config) -> Result<Self, StartError> {
+        Ok(Self { bare: true, ..Self::build(config).await? })
     }
 
     async fn build_with(config: Config, sink: impl FnOnce(Ingest) -> Ingest) -> Result<Self, StartError> {
@@ -166,6 +174,7 @@ impl Gateway {
             doors,
             reload: Arc::default(),
             http,
+            bare: false,
         })
     }
 
@@ -218,6 +227,7 @@ impl Gateway {
             doors,
             reload,
             http,
+            bare,
         } = self;
         let background = CancellationToken::new();
         let mut tasks = JoinSet::new();
@@ -259,8 +269,10 @@ impl Gateway {
         // On a thread of its own: among the tasks of all calls it would wait for its turn at each step of a transaction.
         let runtime = Handle::current();
         let mut writing = tokio::task::spawn_blocking(move || runtime.block_on(writer.run()));
-        let service = stack(&config.grpc, &metrics, &doors, &calls, routes);
-        let mut serving = tokio::spawn(listener.serve(service, stop.clone()));
+        let mut serving = match bare {
+            true => tokio::spawn(listener.serve(no_layers(routes), stop.clone())),
+            false => tokio::spawn(listener.serve(stack(&config.grpc, &metrics, &doors, &calls, routes), stop.clone())),
+        };
         readiness.set(COMPONENT, Ok(()));
 
         // Both run as long as the gateway does: if one ends, it has failed, and a restart is better than half a gateway.
@@ -424,6 +436,15 @@ pub async fn serve(config: Config) -> anyhow::Result<bool> {
     gateway.announce();
     signals.reload_with(gateway.reload());
     warn_of_openness(&gateway.config);
+    Ok(gateway.run_until(signals.stop()).await)
+}
+
+/// Runs a gateway without layers ([`Gateway::build_bare`]) until SIGTERM or ctrl-C, as [`serve`] does one with them.
+pub async fn serve_bare(config: Config) -> anyhow::Result<bool> {
+    let signals = signals::Signals::install()?;
+    let gateway = Gateway::build_bare(config).await?;
+    gateway.announce();
+    tracing::warn!("gateway.bare: nobody is asked for anything, and nothing is limited or counted");
     Ok(gateway.run_until(signals.stop()).await)
 }
 

@@ -25,7 +25,7 @@ pub use drain::{CallTracker, Draining};
 pub use method::{Family, Method};
 pub use patience::Patience;
 pub use request_id::RequestId;
-pub use stack::{Doors, stack};
+pub use stack::{Doors, no_layers, stack};
 pub use status::code_name;
 pub use unread::CallTask;
 

@@ -22,6 +22,13 @@ async fn both_servers_of_a_throughput_run_acknowledge() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_without_layers_acknowledges_and_stores() {
+    let report = bench(&["--bare", "--batch=10", "--connections=2", "--devices=4", "--slices=2", "--slice-duration=100ms"]).await;
+    assert_eq!(report["reference"], "bare");
+    assert!(report["cells"][0]["reference"]["rate"].as_f64() > Some(0.0), "{report}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn every_acknowledgement_of_a_link_is_timed() {
     let outcome = bench(&["latency", "--batch=10", "--connections=2", "--devices=4", "--duration=1s"]).await;
     assert!(outcome["acknowledgement"]["samples"].as_u64() > Some(0), "{outcome}");

@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::{bench::Bench, null_sink::NullSink, recording::TimeFormat};
+use crate::{bench::Bench, recording::TimeFormat, reference::Reference};
 use clap::{Args, Parser, Subcommand};
 use jiff::SignedDuration;
 use std::{path::PathBuf, time::Duration};
@@ -28,7 +28,10 @@ pub enum Command {
     Bench(Box<Bench>),
     /// Runs a server that checks and acknowledges batches as a gateway does, and throws them away.
     #[command(hide = true)]
-    NullSink(NullSink),
+    NullSink(Reference),
+    /// Runs a gateway without the layers around its services.
+    #[command(hide = true)]
+    Bare(Reference),
 }
 
 /// What both have.

@@ -7,8 +7,8 @@ mod cli;
 mod follow;
 mod gateway;
 mod identity;
-mod null_sink;
 mod recording;
+mod reference;
 mod replay;
 mod report;
 mod send;
@@ -47,7 +47,8 @@ fn main() -> ExitCode {
             cli::Command::Simulate(arguments) => simulate::run(arguments).await,
             cli::Command::Replay(arguments) => replay::run(arguments).await,
             cli::Command::Bench(arguments) => bench::run(*arguments).await,
-            cli::Command::NullSink(arguments) => null_sink::run(arguments).await,
+            cli::Command::NullSink(arguments) => reference::run_null_sink(arguments).await,
+            cli::Command::Bare(arguments) => reference::run_bare(arguments).await,
         }
     });
     match result {

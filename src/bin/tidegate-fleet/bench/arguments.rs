@@ -89,6 +89,51 @@ pub struct Matrix {
     /// Compare the gateway on a disk whose sync takes so much longer with the gateway without that delay.
     #[arg(long, value_parser = duration, value_name = "DURATION")]
     pub slow_sync: Option<Duration>,
+    /// Compare the gateway with itself without the layers around its services.
+    #[arg(long, conflicts_with = "slow_sync")]
+    pub bare: bool,
+}
+
+/// What the gateway is compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reference {
+    NullSink,
+    /// Itself, without the delay of its syncs.
+    WithoutDelay,
+    /// Itself, without the layers around its services.
+    Bare,
+}
+
+impl Reference {
+    /// As it is written in text.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NullSink => "null sink",
+            Self::WithoutDelay => "without the delay",
+            Self::Bare => "without layers",
+        }
+    }
+
+    /// The section of PERFORMANCE.md.
+    pub fn section(self) -> &'static str {
+        match self {
+            Self::NullSink => "throughput",
+            Self::WithoutDelay => "slow-sync",
+            Self::Bare => "layers",
+        }
+    }
+}
+
+impl Matrix {
+    /// What the gateway is compared with.
+    pub fn reference(&self) -> Reference {
+        match (self.slow_sync, self.bare) {
+            (Some(_), _) => Reference::WithoutDelay,
+            (None, true) => Reference::Bare,
+            (None, false) => Reference::NullSink,
+        }
+    }
 }
 
 /// Which databases are measured.

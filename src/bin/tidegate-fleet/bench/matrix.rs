@@ -1,7 +1,7 @@
 //! The gateway beside a null sink, for sizes of batches and numbers of connections.
 
 use super::{
-    arguments::{Common, Matrix, Store},
+    arguments::{Common, Matrix, Reference, Store},
     call,
     pool::{Pool, Shape},
     process,
@@ -43,7 +43,7 @@ pub async fn run(arguments: &Matrix, common: &Common) -> anyhow::Result<Report> 
             }
         }
     }
-    Ok(Report::new(cells, arguments.slow_sync))
+    Ok(Report::new(cells, arguments.reference(), arguments.slow_sync))
 }
 
 /// One server with its load.
@@ -101,11 +101,13 @@ impl Rig {
 async fn cell(arguments: &Matrix, common: &Common, store: Store, batch: u32, connections: u32) -> anyhow::Result<Cell> {
     let pool = Arc::new(Pool::new(Shape::of(batch as usize)));
     let mut gateway = common.gateway(store)?;
-    let mut reference = Setup::of(Kind::NullSink);
+    let reference = match arguments.reference() {
+        Reference::NullSink => Setup::of(Kind::NullSink),
+        Reference::WithoutDelay => gateway.clone(),
+        Reference::Bare => Setup { kind: Kind::Bare, ..gateway.clone() },
+    };
     let library = arguments.slow_sync.map(slow_sync::Library::build).transpose()?;
     if let Some(library) = &library {
-        // Then the question is what the delay costs: the gateway beside itself.
-        reference = gateway.clone();
         gateway.preload = library.variables();
     }
     let devices = arguments.devices;

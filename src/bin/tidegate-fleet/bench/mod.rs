@@ -23,7 +23,7 @@ pub use arguments::Bench;
 
 use crate::Verdict;
 use anyhow::bail;
-use arguments::{Common, Mode};
+use arguments::{Common, Mode, Reference};
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -45,9 +45,8 @@ async fn measure(arguments: Bench) -> anyhow::Result<Verdict> {
     match mode {
         None => {
             let report = matrix::run(&matrix, &common).await?;
-            let section = if matrix.slow_sync.is_some() { "slow-sync" } else { "throughput" };
-            publish(&common, section, &report, &report.to_markdown())?;
-            if let (Some(directory), None) = (&common.write_docs, matrix.slow_sync) {
+            publish(&common, report.reference.section(), &report, &report.to_markdown())?;
+            if let (Some(directory), Reference::NullSink) = (&common.write_docs, report.reference) {
                 std::fs::write(directory.join("performance.svg"), svg::draw(&report.cells))?;
             }
         }

@@ -1,6 +1,6 @@
 //! Results: as text, as JSON, and in the documentation.
 
-use super::{matrix::Cell, process};
+use super::{arguments::Reference, matrix::Cell, process};
 use anyhow::{Context, bail};
 use serde::Serialize;
 use std::{path::Path, time::Duration};
@@ -23,7 +23,9 @@ pub struct Side {
 pub struct Report {
     /// What it ran on.
     pub machine: String,
-    /// By how much syncs were delayed; then the reference is the gateway without that delay, and else the null sink.
+    /// What the gateway was compared with.
+    pub reference: Reference,
+    /// By how much syncs were delayed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slow_sync_seconds: Option<f64>,
     /// One for each combination.
@@ -31,13 +33,13 @@ pub struct Report {
 }
 
 impl Report {
-    pub fn new(cells: Vec<Cell>, slow_sync: Option<Duration>) -> Self {
-        Self { machine: process::machine(), slow_sync_seconds: slow_sync.map(|delay| delay.as_secs_f64()), cells }
+    pub fn new(cells: Vec<Cell>, reference: Reference, slow_sync: Option<Duration>) -> Self {
+        Self { machine: process::machine(), reference, slow_sync_seconds: slow_sync.map(|delay| delay.as_secs_f64()), cells }
     }
 
     /// The table of the documentation.
     pub fn to_markdown(&self) -> String {
-        let reference = if self.slow_sync_seconds.is_some() { "without the delay" } else { "null sink" };
+        let reference = self.reference.name();
         let mut text = format!(
             "Measured on {}.\n\n| store | batch | connections | gateway, M/s | {reference}, M/s | ratio | CPU s/M | {reference}, CPU s/M | client CPU | RSS peak, MiB | RSS at the end, MiB |\n|---|---|---|---|---|---|---|---|---|---|---|\n",
             self.machine

@@ -26,6 +26,8 @@ pub enum Kind {
     Gateway,
     /// This program's null sink.
     NullSink,
+    /// This program's gateway without layers.
+    Bare,
 }
 
 /// How a server is started.
@@ -64,6 +66,7 @@ impl Server {
         let (program, command) = match setup.kind {
             Kind::Gateway => (own.with_file_name("tidegate"), "serve"),
             Kind::NullSink => (own, "null-sink"),
+            Kind::Bare => (own, "bare"),
         };
         let mut command_line = match setup.under.split_first() {
             Some((wrapper, arguments)) => {
