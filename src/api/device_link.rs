@@ -11,7 +11,7 @@ use crate::{
     auth::Caller,
     error::{Error, Failure, Violations},
     fleet::{Configs, Device, Registry},
-    ingest::{Envelope, Ingest, Outcome, Reply},
+    ingest::{Envelope, Ingest, Lane, Outcome, Reply},
     middleware::Draining,
     model::{DeviceId, StreamId, Timestamp, structs},
     pb::{self, connect_request, connect_response, device_link_service_server::DeviceLinkService},
@@ -59,6 +59,7 @@ struct Link<'a> {
     api: &'a DeviceLinkApi,
     device: Arc<Device>,
     stream_id: Option<StreamId>,
+    lane: Lane,
     pending: FuturesOrdered<BoxFuture<'static, Result<Vec<Reply>, Error>>>,
     unacknowledged: usize,
     // The sequence that was last asked for: pipelined batches behind a hole all miss the same one, which is told once.
@@ -111,6 +112,7 @@ impl<'a> Link<'a> {
             api,
             device,
             stream_id,
+            lane: Lane::default(),
             pending: FuturesOrdered::new(),
             unacknowledged: 0,
             gap_told: None,
@@ -168,7 +170,7 @@ impl<'a> Link<'a> {
 
     async fn receive_batches(&mut self, first: pb::LinkBatch, inbound: &mut Streaming<pb::ConnectRequest>) -> Result<Received, Status> {
         let stream_id = self.check_batch(&first)?;
-        let mut run = self.api.ingest.begin(&self.device, stream_id, envelope(first)).await?;
+        let mut run = self.api.ingest.begin(&self.device, stream_id, self.lane, envelope(first)).await?;
         let (mut ended, mut left) = (Ok(false), None);
         let room = self.api.unacknowledged_max.saturating_sub(self.unacknowledged);
         while left.is_none() && run.len() < room && !run.is_full() {
@@ -194,6 +196,7 @@ impl<'a> Link<'a> {
                 None => break,
             }
         }
+        self.lane = self.api.ingest.lane_behind(&run);
         let pending = self.api.ingest.submit(run).await?;
         self.unacknowledged += pending.batches;
         self.pending.push_back(pending.replies().boxed());

@@ -5,7 +5,7 @@ use crate::{
     auth::Caller,
     error::{Error, Failure, Violations},
     fleet::{Device, Registry},
-    ingest::{Envelope, Ingest, Outcome, Reply, Run, SEQUENCE_MAX},
+    ingest::{Envelope, Ingest, Lane, Outcome, Reply, Run, SEQUENCE_MAX},
     middleware::Draining,
     model::{BatchReject, DeviceId, StreamId, batch::RejectReason},
     pb::{self, telemetry_service_server::TelemetryService},
@@ -45,7 +45,7 @@ impl TelemetryService for TelemetryApi {
         let (device, stream_id) = parse_first(&first)?;
         caller.may_act_as(&device)?;
         let device = self.registry.get_or_register(&device).await?;
-        let mut upload = Upload { device, stream_id, last: 0, summary: Summary::default() };
+        let mut upload = Upload { device, stream_id, lane: Lane::default(), last: 0, summary: Summary::default() };
         let mut pending = FuturesOrdered::new();
         let (mut next, mut open, mut unacknowledged) = (Some(envelope(first)), true, 0);
         while open || next.is_some() || !pending.is_empty() {
@@ -145,6 +145,7 @@ struct Gathered {
 struct Upload {
     device: Arc<Device>,
     stream_id: StreamId,
+    lane: Lane,
     last: u64,
     summary: Summary,
 }
@@ -164,13 +165,13 @@ impl Upload {
 
     /// A run of `first` and of what else has already come in, up to `room` batches.
     async fn gather(
-        &self,
+        &mut self,
         ingest: &Ingest,
         first: Envelope,
         room: usize,
         inbound: &mut Streaming<pb::UploadRequest>,
     ) -> Result<Gathered, Error> {
-        let mut run = ingest.begin(&self.device, self.stream_id, first).await?;
+        let mut run = ingest.begin(&self.device, self.stream_id, self.lane, first).await?;
         let (mut left, mut ended) = (None, Ok(false));
         while left.is_none() && run.len() < room && !run.is_full() {
             match inbound.message().now_or_never() {
@@ -186,6 +187,7 @@ impl Upload {
                 break;
             }
         }
+        self.lane = ingest.lane_behind(&run);
         Ok(Gathered { run, left, ended })
     }
 

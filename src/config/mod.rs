@@ -130,6 +130,9 @@ pub struct Storage {
 #[allow(missing_docs, reason = "SETTINGS documents each")]
 pub struct Ingest {
     pub pending_bytes_max: usize,
+    #[serde(with = "duration")]
+    pub backlog_age: Duration,
+    pub backlog_bytes_max: usize,
     pub commit_batches_max: usize,
     pub batch_bytes_max: usize,
     pub batch_readings_max: usize,
@@ -260,6 +263,8 @@ impl Default for Config {
             },
             ingest: Ingest {
                 pending_bytes_max: 16 * MIB,
+                backlog_age: Duration::from_secs(300),
+                backlog_bytes_max: MIB / 4,
                 commit_batches_max: 4_000,
                 batch_bytes_max: MIB,
                 batch_readings_max: 100_000,

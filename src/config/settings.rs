@@ -267,6 +267,16 @@ pub static SETTINGS: &[Setting] = &[
         "How many bytes of batches may wait for their commit; at the limit the gateway stops reading uploads (HTTP/2 flow control).",
     ),
     setting(
+        "ingest.backlog_age",
+        seconds(1..=10_000 * 365 * DAY),
+        "How old the newest reading of what a call sends may be before the rest of the call is taken for a backlog, which is admitted behind live readings.",
+    ),
+    setting(
+        "ingest.backlog_bytes_max",
+        Allowed::Bytes(64 * KIB..=64 * GIB),
+        "How many bytes of batches of all backlogs may wait for their commit: the less, the less live readings notice of them.",
+    ),
+    setting(
         "ingest.commit_batches_max",
         Allowed::Count(1..=10_000),
         "After how many batches a transaction takes no more; what one stream has sent by then, at most 256 batches, is not divided.",

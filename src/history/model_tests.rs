@@ -9,7 +9,7 @@ use super::{
 use crate::{
     config::{Config, Storage},
     fleet::{Device, Registry},
-    ingest::{Envelope, Ingest, Outcome, writer::writer},
+    ingest::{Envelope, Ingest, Lane, Outcome, writer::writer},
     live::{Latest, Tail},
     model::{DeviceId, StreamId, Timestamp, columns::Values},
     pb,
@@ -125,7 +125,7 @@ impl Running {
 
     async fn send(&self, stream: StreamId, sequence: u64, batch: Vec<u8>) -> Outcome {
         let envelope = Envelope { sequence, batch: batch.into(), lost_batches: 0, lost_readings: 0 };
-        let run = self.ingest.begin(&self.device, stream, envelope).await.expect("admitted");
+        let run = self.ingest.begin(&self.device, stream, Lane::Live, envelope).await.expect("admitted");
         let replies = self.ingest.submit(run).await.expect("handed in").replies().await.expect("answered");
         replies.into_iter().next().expect("one").outcome
     }

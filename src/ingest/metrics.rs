@@ -1,6 +1,6 @@
 //! What the writer counts.
 
-use super::{Outcome, Reply, Submitted};
+use super::{Lane, Outcome, Reply, Submitted};
 use crate::{
     error::Error,
     model::batch::{RejectReason, reason_name},
@@ -16,6 +16,7 @@ pub(super) struct IngestMetrics {
     pub stored_bytes: Counter,
     pub duplicate_batches: Counter,
     pub duplicate_readings: Counter,
+    pub backlog_batches: Counter,
     pub replayed_batches: Counter,
     pub sequence_gaps: Counter,
     pub unavailable_batches: Counter,
@@ -39,6 +40,7 @@ impl IngestMetrics {
             stored_bytes: counter(names::STORED_BYTES),
             duplicate_batches: counter(names::DUPLICATE_BATCHES),
             duplicate_readings: counter(names::DUPLICATE_READINGS),
+            backlog_batches: counter(names::BACKLOG_BATCHES),
             replayed_batches: counter(names::REPLAYED_BATCHES),
             sequence_gaps: counter(names::SEQUENCE_GAPS),
             unavailable_batches: counter(names::UNAVAILABLE_BATCHES),
@@ -59,6 +61,9 @@ impl IngestMetrics {
                 let replayed = replies.iter().filter(|reply| matches!(reply.outcome, Outcome::Stored { .. })).count();
                 self.replayed_batches.increment(replayed as u64);
                 continue;
+            }
+            if run.lane() == Lane::Backlog {
+                self.backlog_batches.increment(run.batches.len() as u64);
             }
             for (batch, Reply { sequence, outcome, .. }) in run.batches.iter().zip(replies) {
                 match outcome {

@@ -13,21 +13,24 @@
 //! A device that sends faster than commits end has several batches waiting when its call is looked at again. They go on
 //! together, as a [`Run`]: so what a batch costs on its way falls as the load grows, as with the group commit behind it.
 
+mod admission;
 mod metrics;
 mod run;
 mod stall;
 pub mod writer;
 
+pub use admission::Lane;
 pub use run::{Envelope, Run};
 
 use crate::{
     error::Error,
     model::{BatchLimits, BatchReject},
-    telemetry::{Metrics, names},
+    telemetry::Metrics,
 };
+use admission::Admission;
 use bytes::Bytes;
 use std::sync::Arc;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
 /// The highest sequence: what a signed 64-bit column holds.
 pub const SEQUENCE_MAX: u64 = i64::MAX as u64;
@@ -84,8 +87,7 @@ impl Pending {
 #[derive(Clone)]
 pub struct Ingest {
     limits: Arc<BatchLimits>,
-    admission: Arc<Semaphore>,
-    pending_bytes_max: usize,
+    admission: Admission,
     sender: mpsc::Sender<Submitted>,
     // Whether batches are thrown away instead of being handed to the writer: see `into_null_sink`.
     discards: bool,
@@ -119,11 +121,13 @@ impl Ingest {
         Ok(Pending { batches, reply: receiver })
     }
 
+    /// How what comes in behind a run, in the same call, is to be admitted.
+    pub fn lane_behind(&self, run: &Run) -> Lane {
+        self.admission.lane_behind(run)
+    }
+
     /// Shows at each scrape how many bytes of batches wait for their commit.
     pub fn show_pending(&self, metrics: &Metrics) {
-        let gauge = metrics.gauge(names::PENDING_BYTES, &[]);
-        // Not the handle itself: it would keep the writer from ending.
-        let (admission, pending_bytes_max) = (self.admission.clone(), self.pending_bytes_max);
-        metrics.on_scrape(move || gauge.set((pending_bytes_max - admission.available_permits()) as f64));
+        self.admission.show(metrics);
     }
 }

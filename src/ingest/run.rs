@@ -1,6 +1,6 @@
 //! What one stream has sent by now: batches that were admitted and checked, one behind the other in one buffer.
 
-use super::{Ingest, Outcome, Pending, Reply};
+use super::{Ingest, Lane, Outcome, Pending, Reply, admission::Permit};
 use crate::{
     error::Error,
     fleet::{Device, Sensors},
@@ -9,10 +9,7 @@ use crate::{
 };
 use bytes::Bytes;
 use std::{collections::HashMap, ops::Range, sync::Arc};
-use tokio::sync::OwnedSemaphorePermit;
 
-/// What a waiting batch costs besides its bytes.
-const BATCH_OVERHEAD_BYTES: usize = 1024;
 /// How many batches go on together at the most: with a device that has a backlog, others need not wait long for their turn.
 const BATCHES_MAX: usize = 256;
 /// As many bytes, after which no further batch is added.
@@ -44,7 +41,7 @@ pub struct Run {
     bytes: Vec<u8>,
     // What the device had when the run began: a sensor that it has is never taken away.
     sensors: Arc<Sensors>,
-    admitted: Option<OwnedSemaphorePermit>,
+    admitted: Permit,
     // The number of the rejected batch that it is, and the reason: it is judged once more, outside of its stream's order.
     pub(super) dead_letter: Option<(i64, String)>,
 }
@@ -85,8 +82,8 @@ impl RunBatch {
 
 impl Ingest {
     /// Begins a run with its first batch; waits while too many bytes wait for their commit already.
-    pub async fn begin(&self, device: &Arc<Device>, stream_id: StreamId, first: Envelope) -> Result<Run, Error> {
-        let permit = self.admission.clone().acquire_many_owned(self.cost(&first)).await.map_err(|_| Error::Draining)?;
+    pub async fn begin(&self, device: &Arc<Device>, stream_id: StreamId, lane: Lane, first: Envelope) -> Result<Run, Error> {
+        let admitted = self.admission.admit(lane, first.batch.len()).await?;
         let mut run = Run {
             device: device.clone(),
             stream_id,
@@ -94,50 +91,36 @@ impl Ingest {
             batches: Vec::new(),
             bytes: Vec::with_capacity(first.batch.len()),
             sensors: device.sensors(),
-            admitted: None,
+            admitted,
             dead_letter: None,
         };
-        self.push(&mut run, first, permit);
+        self.push(&mut run, first);
         Ok(run)
     }
 
     /// Has a batch that was rejected judged once more. Of the outcomes, `Duplicate` says that it is no longer kept.
     pub async fn replay(&self, device: &Arc<Device>, rejected: DeadLetterRow) -> Result<Pending, Error> {
         let DeadLetterRow { id, stream_id, sequence, reason, batch, .. } = rejected;
-        let mut run = self.begin(device, stream_id, Envelope { sequence, batch, ..Envelope::default() }).await?;
+        let mut run = self.begin(device, stream_id, Lane::Live, Envelope { sequence, batch, ..Envelope::default() }).await?;
         run.dead_letter = Some((id, reason));
         self.submit(run).await
     }
 
     /// Adds a batch to a run, if there is room for it without waiting; else it is given back, for a run of its own.
     pub fn add(&self, run: &mut Run, next: Envelope) -> Result<(), Envelope> {
-        if run.is_full() {
+        if run.is_full() || !self.admission.admit_with(&mut run.admitted, next.batch.len()) {
             return Err(next);
         }
-        match self.admission.clone().try_acquire_many_owned(self.cost(&next)) {
-            Ok(permit) => {
-                self.push(run, next, permit);
-                Ok(())
-            }
-            Err(_) => Err(next),
-        }
+        self.push(run, next);
+        Ok(())
     }
 
-    fn push(&self, run: &mut Run, envelope: Envelope, permit: OwnedSemaphorePermit) {
-        match &mut run.admitted {
-            Some(admitted) => admitted.merge(permit),
-            None => run.admitted = Some(permit),
-        }
+    fn push(&self, run: &mut Run, envelope: Envelope) {
         let Envelope { sequence, batch, lost_batches, lost_readings } = envelope;
         let checked = CheckedBatch::check(&batch, &self.limits, run.receive_time, run.sensors.finder());
         let begin = run.bytes.len();
         run.bytes.extend_from_slice(&batch);
         run.batches.push(RunBatch { sequence, lost_batches, lost_readings, range: begin..run.bytes.len(), checked });
-    }
-
-    fn cost(&self, envelope: &Envelope) -> u32 {
-        let cost = (envelope.batch.len() + BATCH_OVERHEAD_BYTES).min(self.pending_bytes_max);
-        u32::try_from(cost).unwrap_or(u32::MAX)
     }
 }
 
@@ -146,6 +129,16 @@ impl Run {
     #[allow(clippy::len_without_is_empty, reason = "a run is never empty")]
     pub fn len(&self) -> usize {
         self.batches.len()
+    }
+
+    /// How it was admitted.
+    pub(super) fn lane(&self) -> Lane {
+        self.admitted.lane()
+    }
+
+    /// The time of the newest reading in it; `None` when nothing of it can be stored.
+    pub(super) fn newest_time(&self) -> Option<Timestamp> {
+        self.batches.iter().filter_map(|batch| batch.checked.as_ref().ok()).map(|checked| checked.summary.last_time).max()
     }
 
     /// Whether its first batch leaves a gap.

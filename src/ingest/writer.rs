@@ -8,7 +8,7 @@
 //! After a failed commit it is not known what the store holds. The writer then forgets all that it had in memory, answers
 //! UNAVAILABLE, and takes nothing until the store has proved, on a new connection, that it takes a durable write.
 
-use super::{Ingest, Outcome, Reply, Run, Submitted, metrics::IngestMetrics, run::RunBatch, stall::watched};
+use super::{Ingest, Outcome, Reply, Run, Submitted, admission::Admission, metrics::IngestMetrics, run::RunBatch, stall::watched};
 use crate::{
     config::Config,
     error::Error,
@@ -25,7 +25,7 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 
 /// The streams whose place is kept in memory; beyond that all are forgotten and read again when they are needed.
 const STREAMS_CACHED_MAX: usize = 200_000;
@@ -65,13 +65,7 @@ pub fn writer(
 ) -> (Ingest, Writer) {
     let settings = &config.ingest;
     let (sender, receiver) = mpsc::channel(settings.commit_batches_max);
-    let ingest = Ingest {
-        limits: Arc::new(limits(config)),
-        admission: Arc::new(Semaphore::new(settings.pending_bytes_max)),
-        pending_bytes_max: settings.pending_bytes_max,
-        sender,
-        discards: false,
-    };
+    let ingest = Ingest { limits: Arc::new(limits(config)), admission: Admission::new(settings), sender, discards: false };
     let writer = Writer {
         publisher: Arc::new(Publisher::new(store.clone(), registry.clone(), tail, latest.clone())),
         store,

@@ -5,7 +5,7 @@ use super::*;
 use crate::{
     config::Storage,
     fleet::Registry,
-    ingest::Envelope,
+    ingest::{Envelope, Lane},
     live::tail::TailRead,
     model::{
         DeviceId, Timestamp,
@@ -185,7 +185,7 @@ async fn check(steps: Vec<Step>, storage: &Storage) {
             };
             if let Some(envelope) = left {
                 assert!(run.is_none(), "there is room for all");
-                run = Some(running.ingest.begin(&running.device, streams[sent.stream], envelope).await.expect("admitted"));
+                run = Some(running.ingest.begin(&running.device, streams[sent.stream], Lane::Live, envelope).await.expect("admitted"));
             }
         }
         if let Some(run) = run {

@@ -121,6 +121,10 @@ pub const COMMIT_DURATION: &str = "tidegate_commit_duration_seconds";
 pub const COMMIT_BATCHES: &str = "tidegate_commit_batches";
 /// Commits that failed.
 pub const COMMIT_FAILURES: &str = "tidegate_commit_failures_total";
+/// Batches that were admitted as backlog.
+pub const BACKLOG_BATCHES: &str = "tidegate_backlog_batches_total";
+/// Bytes of them that wait for their commit.
+pub const BACKLOG_PENDING_BYTES: &str = "tidegate_backlog_pending_bytes";
 /// Bytes of batches that wait for their commit.
 pub const PENDING_BYTES: &str = "tidegate_pending_bytes";
 /// Readings merged.
@@ -233,6 +237,20 @@ pub static METRICS: &[Metric] = &[
     metric(DUPLICATE_READINGS, Kind::Counter, "readings", &[], "Readings in the batches that came again."),
     metric(REJECTED_BATCHES, Kind::Counter, "batches", &["reason"], "Batches that can never be stored and were kept aside, by reason."),
     metric(REJECTED_READINGS, Kind::Counter, "readings", &["reason"], "Readings in the rejected batches, as far as these could be read."),
+    metric(
+        BACKLOG_BATCHES,
+        Kind::Counter,
+        "batches",
+        &[],
+        "Batches that came in behind old ones, and were admitted in the lane of backlogs.",
+    ),
+    metric(
+        BACKLOG_PENDING_BYTES,
+        Kind::Gauge,
+        "bytes",
+        &[],
+        "Bytes of batches in the lane of backlogs; at ingest.backlog_bytes_max devices with a backlog wait.",
+    ),
     metric(
         REPLAYED_BATCHES,
         Kind::Counter,

@@ -40,6 +40,15 @@ async fn every_acknowledgement_of_a_link_is_timed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn live_acknowledgements_are_timed_beside_a_backlog() {
+    let outcome = bench(&["backlog", "--live-devices=4", "--live-rate=50", "--devices=2", "--batches=500", "--duration=1s"]).await;
+    for part in ["alone", "beside_backlog"] {
+        assert!(outcome[part]["samples"].as_u64() > Some(0), "{outcome}");
+    }
+    assert!(outcome["backlog_rate"].as_f64() > Some(0.0), "{outcome}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn links_that_lost_their_gateway_all_come_back() {
     let outcome = bench(&["idle", "--connections=500", "--storm"]).await;
     assert!(outcome["bytes_per_connection"].as_f64() > Some(0.0), "{outcome}");

@@ -17,6 +17,7 @@ on_each_database!(
     sequences_that_the_device_lost_close_the_hole_and_are_accounted_for,
     a_device_that_says_it_lost_more_than_there_can_be_harms_nobody,
     a_batch_that_can_never_be_stored_is_told_counted_and_does_not_block_those_behind_it,
+    what_comes_behind_old_readings_is_backlog,
     nan_is_stored_where_the_sensor_allows_it,
     every_violation_of_a_request_is_told_at_once,
     one_stream_fed_from_many_connections_at_once_is_stored_once,
@@ -126,6 +127,25 @@ async fn a_batch_that_can_never_be_stored_is_told_counted_and_does_not_block_tho
     let ledger = device.ledger().await;
     assert_eq!((ledger.stored.map(|tally| tally.batches), ledger.rejected.len()), (Some(2), 7));
     assert_eq!(device.stored_temperatures().await, nth_temperatures([1, 9]));
+}
+
+/// Scenario: a device sends what it kept, and goes on with what it measures now. Guarantee: what comes behind old readings is admitted as
+/// backlog, what comes behind new ones is not, and the order of the stream stays.
+async fn what_comes_behind_old_readings_is_backlog(on: Database) {
+    let gateway = on.gateway_with(|config| config.ingest.backlog_age = std::time::Duration::from_secs(3600)).await;
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    let backlog = async || gateway.metric("tidegate_backlog_batches_total").await.unwrap_or_default();
+    let now = tidegate::model::Timestamp::now().micros();
+    let fresh = |sequence: u64| (sequence, temperatures(now + sequence as i64 * SECOND, &[1.0]));
+    device.upload((1..=100).map(fresh)).await.expect("accepted");
+    assert_eq!(backlog().await, 0.0);
+    // More than one run takes.
+    device.upload_nth(101..=1_500).await.expect("accepted");
+    let old = backlog().await;
+    assert!(0.0 < old && old < 1_400.0, "all but the first run of the call: {old}");
+    device.upload((1_501..=1_600).map(fresh)).await.expect("accepted");
+    assert_eq!(backlog().await, old, "a new call begins as a live one");
+    assert_eq!(device.ledger().await.stored.map(|tally| tally.batches), Some(1_600));
 }
 
 async fn nan_is_stored_where_the_sensor_allows_it(on: Database) {

@@ -28,6 +28,8 @@ pub enum Mode {
     Paced(Paced),
     /// One day of one sensor out of many, beside a plain SQLite table.
     Query(Query),
+    /// Whether acknowledgements of live readings take longer while other devices flush a backlog.
+    Backlog(Backlog),
     /// What open connections cost that say nothing, and how all come back when the gateway was killed.
     Idle(Idle),
 }
@@ -234,6 +236,33 @@ pub struct Idle {
     /// Kill the gateway and start it again, so that all come back at once.
     #[arg(long)]
     pub storm: bool,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct Backlog {
+    /// Readings in a batch.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=100_000), value_name = "N")]
+    pub batch: u32,
+    /// Devices that send what they measure.
+    #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=10_000), value_name = "N")]
+    pub live_devices: u32,
+    /// Batches per second of all of them together.
+    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=100_000), value_name = "R")]
+    pub live_rate: u32,
+    /// Devices that flush a backlog, each on a connection of its own.
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000), value_name = "N")]
+    pub devices: u32,
+    /// How many batches each of them has.
+    #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1..), value_name = "N")]
+    pub batches: u64,
+    /// For how long the live devices are measured without the backlog.
+    #[arg(long, default_value = "20s", value_parser = duration, value_name = "DURATION")]
+    pub duration: Duration,
+    /// Where the gateway stores.
+    #[arg(long, value_enum, default_value = "sqlite", value_name = "STORE")]
+    pub store: Store,
     #[command(flatten)]
     pub common: Common,
 }

@@ -45,12 +45,13 @@ pub struct Quantiles {
 }
 
 impl Quantiles {
-    fn of(histogram: &Histogram<u64>) -> Self {
+    pub fn of(histogram: &Histogram<u64>) -> Self {
         let at = |quantile| histogram.value_at_quantile(quantile);
         Self { samples: histogram.len(), p50_us: at(0.5), p99_us: at(0.99), max_us: histogram.max() }
     }
 
-    fn to_row(&self, what: &str) -> String {
+    /// As a row of a table.
+    pub fn to_row(&self, what: &str) -> String {
         let ms = |us: u64| us as f64 / 1e3;
         format!("| {what} | {} | {:.3} | {:.3} | {:.3} |\n", self.samples, ms(self.p50_us), ms(self.p99_us), ms(self.max_us))
     }

@@ -4,6 +4,7 @@
 //! (SIGSTOP), so that work it has put off is paid for in its own slices. Only acknowledged readings count.
 
 mod arguments;
+mod backlog;
 mod call;
 mod idle;
 mod latency;
@@ -65,6 +66,10 @@ async fn measure(arguments: Bench) -> anyhow::Result<Verdict> {
         Some(Mode::Query(arguments)) => {
             let outcome = query::run(&arguments).await?;
             publish(&arguments.common, "query", &outcome, &outcome.to_markdown())?;
+        }
+        Some(Mode::Backlog(arguments)) => {
+            let outcome = backlog::run(&arguments).await?;
+            publish(&arguments.common, "backlog", &outcome, &outcome.to_markdown())?;
         }
         Some(Mode::Idle(arguments)) => {
             let outcome = idle::run(&arguments).await?;

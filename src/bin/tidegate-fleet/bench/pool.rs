@@ -80,13 +80,22 @@ pub struct Pool {
 impl Pool {
     /// Made from a seed, so that two runs send the same.
     pub fn new(shape: Shape) -> Self {
+        Self::beginning(shape, AGE_US)
+    }
+
+    /// Whose times begin now: for devices that send about as many rows as time passes.
+    pub fn of_now(shape: Shape) -> Self {
+        Self::beginning(shape, 0)
+    }
+
+    fn beginning(shape: Shape, age_us: i64) -> Self {
         let mut walks: Vec<Walk> = (0..shape.sensors).map(|sensor| Walk::new(sensor as u64)).collect();
         let first = encode(shape, &mut walks);
         let time_at = time_offset(&first);
         let count = (POOL_BYTES / first.len()).max(4);
         let batches = std::iter::once(first).chain(std::iter::repeat_with(|| encode(shape, &mut walks))).take(count).collect();
         let now_us = Timestamp::now().micros();
-        Self { shape, batches, time_at, start_us: now_us - now_us % INTERVAL_US - AGE_US }
+        Self { shape, batches, time_at, start_us: now_us - now_us % INTERVAL_US - age_us }
     }
 
     /// How its batches are laid out.

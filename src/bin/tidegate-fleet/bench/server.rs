@@ -19,6 +19,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How often a server is asked whether it is ready.
 const READY_INTERVAL: Duration = Duration::from_millis(20);
 
+/// Nothing is so old.
+const NO_BACKLOG: &str = "--ingest-backlog-age=87600000h";
+
 /// What a server is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -39,6 +42,8 @@ pub struct Setup {
     pub listen: Option<SocketAddr>,
     /// Further flags.
     pub flags: Vec<String>,
+    /// Whether it tells backlogs by their age. Else it takes all that comes for live: the batches of a benchmark have times of long ago.
+    pub judges_age: bool,
     /// A command that it is started under.
     pub under: Vec<String>,
     /// A library to be loaded before all others, and its variables.
@@ -48,7 +53,7 @@ pub struct Setup {
 impl Setup {
     /// A server with the default settings.
     pub fn of(kind: Kind) -> Self {
-        Self { kind, listen: None, flags: Vec::new(), under: Vec::new(), preload: Vec::new() }
+        Self { kind, listen: None, flags: Vec::new(), judges_age: false, under: Vec::new(), preload: Vec::new() }
     }
 }
 
@@ -79,6 +84,9 @@ impl Server {
         let listen = setup.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)));
         command_line.args([command, &format!("--grpc-listen={listen}"), "--http-listen=127.0.0.1:0", "--log-format=json"]);
         command_line.arg("--storage-data-dir").arg(data_dir).args(&setup.flags).envs(setup.preload.iter().cloned());
+        if !setup.judges_age {
+            command_line.arg(NO_BACKLOG);
+        }
         // Settings of the surroundings are not what is measured.
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("TIDEGATE_")) {
             command_line.env_remove(name);

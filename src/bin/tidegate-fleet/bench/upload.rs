@@ -8,6 +8,7 @@ use anyhow::bail;
 use bytes::{Bytes, BytesMut};
 use http_body::{Body, Frame};
 use std::{
+    ops::Range,
     pin::Pin,
     sync::{
         Arc,
@@ -59,13 +60,18 @@ impl Slice {
 impl Uploaders {
     /// So many devices on the connections in turn.
     pub fn new(pool: Arc<Pool>, channels: &[Channel], devices: u32) -> Self {
+        Self::numbered(pool, channels, 0..devices)
+    }
+
+    /// The devices of these numbers.
+    pub fn numbered(pool: Arc<Pool>, channels: &[Channel], numbers: Range<u32>) -> Self {
         let device = |number: u32| Device {
             number,
             stream: Stream { device: device_name(number), id: StreamId::new() },
             channel: channels[number as usize % channels.len()].clone(),
             acknowledged: 0,
         };
-        Self { pool, devices: (0..devices).map(device).collect() }
+        Self { pool, devices: numbers.map(device).collect() }
     }
 
     /// Lets them upload for so long, and waits for all acknowledgements.

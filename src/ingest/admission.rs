@@ -1,0 +1,171 @@
+//! Admission: how many bytes of batches may be on their way to their commit, and how many of these may be backlog.
+//!
+//! A device that comes back from an outage sends all that it has kept, as fast as it can. Were it admitted like the others, what it
+//! sends would stand in front of what they have just measured. So it has a narrow lane of its own: as long as the newest reading
+//! of what a call sends is old, only so many bytes of all such calls are on their way at once. They take turns, in the order in which
+//! they ask, and so do they with live calls where all bytes are taken; nobody starves, and the order within a stream is that of its call.
+
+use super::run::Run;
+use crate::{
+    config,
+    error::Error,
+    telemetry::{Metrics, names},
+};
+use std::{sync::Arc, time::Duration};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// What a waiting batch costs besides its bytes.
+const BATCH_OVERHEAD_BYTES: usize = 1024;
+
+/// How what a call sends is admitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Lane {
+    /// As all that was measured just now.
+    #[default]
+    Live,
+    /// As what was kept during an outage.
+    Backlog,
+}
+
+/// See the module. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Admission {
+    all: Budget,
+    backlog: Budget,
+    backlog_age: Duration,
+}
+
+/// What is held from admission to commit.
+pub(super) struct Permit {
+    all: OwnedSemaphorePermit,
+    backlog: Option<OwnedSemaphorePermit>,
+}
+
+impl Permit {
+    pub fn lane(&self) -> Lane {
+        if self.backlog.is_some() { Lane::Backlog } else { Lane::Live }
+    }
+}
+
+/// Bytes that are given out and come back.
+#[derive(Clone)]
+struct Budget {
+    free: Arc<Semaphore>,
+    bytes_max: usize,
+}
+
+impl Budget {
+    fn new(bytes_max: usize) -> Self {
+        Self { free: Arc::new(Semaphore::new(bytes_max)), bytes_max }
+    }
+
+    /// A batch that is larger than all of it takes all of it.
+    fn cost(&self, bytes: usize) -> u32 {
+        u32::try_from((bytes + BATCH_OVERHEAD_BYTES).min(self.bytes_max)).unwrap_or(u32::MAX)
+    }
+
+    async fn take(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Error> {
+        self.free.clone().acquire_many_owned(self.cost(bytes)).await.map_err(|_| Error::Draining)
+    }
+
+    fn take_now(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        self.free.clone().try_acquire_many_owned(self.cost(bytes)).ok()
+    }
+}
+
+impl Admission {
+    pub fn new(settings: &config::Ingest) -> Self {
+        let backlog = Budget::new(settings.backlog_bytes_max);
+        Self { all: Budget::new(settings.pending_bytes_max), backlog, backlog_age: settings.backlog_age }
+    }
+
+    /// Admits a batch; waits while too many bytes are on their way already.
+    pub async fn admit(&self, lane: Lane, bytes: usize) -> Result<Permit, Error> {
+        let backlog = match lane {
+            Lane::Live => None,
+            Lane::Backlog => Some(self.backlog.take(bytes).await?),
+        };
+        Ok(Permit { all: self.all.take(bytes).await?, backlog })
+    }
+
+    /// Admits a further batch, if that is possible without waiting.
+    pub fn admit_with(&self, permit: &mut Permit, bytes: usize) -> bool {
+        let backlog = match &permit.backlog {
+            None => None,
+            Some(_) => match self.backlog.take_now(bytes) {
+                None => return false,
+                taken => taken,
+            },
+        };
+        let Some(all) = self.all.take_now(bytes) else { return false };
+        permit.all.merge(all);
+        if let (Some(held), Some(more)) = (&mut permit.backlog, backlog) {
+            held.merge(more);
+        }
+        true
+    }
+
+    /// How what comes in behind a run is admitted: by how old the newest of its readings was when it came in.
+    pub fn lane_behind(&self, run: &Run) -> Lane {
+        match run.newest_time() {
+            Some(newest) if newest.saturating_add(self.backlog_age) < run.receive_time => Lane::Backlog,
+            Some(_) => Lane::Live,
+            // Nothing of it can be stored, which says nothing about what comes next.
+            None => run.lane(),
+        }
+    }
+
+    /// Shows at each scrape how many bytes are on their way.
+    pub fn show(&self, metrics: &Metrics) {
+        for (budget, name) in [(&self.all, names::PENDING_BYTES), (&self.backlog, names::BACKLOG_PENDING_BYTES)] {
+            let gauge = metrics.gauge(name, &[]);
+            // Not the handle to the writer itself: that would keep it from ending.
+            let Budget { free, bytes_max } = budget.clone();
+            metrics.on_scrape(move || gauge.set((bytes_max - free.available_permits()) as f64));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::FutureExt;
+
+    fn admission() -> Admission {
+        let defaults = config::Config::default().ingest;
+        Admission::new(&config::Ingest { pending_bytes_max: 64 << 10, backlog_bytes_max: 16 << 10, ..defaults })
+    }
+
+    #[test]
+    fn a_backlog_leaves_the_room_beyond_its_lane_to_others() {
+        let admission = admission();
+        let admit = |lane| admission.admit(lane, 7 << 10).now_or_never().map(|permit| permit.expect("open"));
+        let backlog = [admit(Lane::Backlog).expect("room"), admit(Lane::Backlog).expect("room")];
+        assert!(admit(Lane::Backlog).is_none(), "its lane is full");
+        let live: Vec<_> = std::iter::from_fn(|| admit(Lane::Live)).collect();
+        assert_eq!(live.len(), 6, "live batches have all that is left");
+        drop(backlog);
+        assert_eq!(admit(Lane::Backlog).expect("room again").lane(), Lane::Backlog);
+    }
+
+    #[test]
+    fn a_run_grows_only_by_what_both_budgets_have() {
+        let admission = admission();
+        let mut permit = admission.admit(Lane::Backlog, 7 << 10).now_or_never().expect("room").expect("open");
+        assert!(admission.admit_with(&mut permit, 7 << 10));
+        assert!(!admission.admit_with(&mut permit, 7 << 10));
+        let mut live = admission.admit(Lane::Live, 31 << 10).now_or_never().expect("room").expect("open");
+        assert!(!admission.admit_with(&mut live, 31 << 10));
+        drop(permit);
+        assert!(admission.admit_with(&mut live, 31 << 10));
+    }
+
+    #[test]
+    fn a_batch_larger_than_its_budget_takes_all_of_it() {
+        let admission = admission();
+        let large = admission.admit(Lane::Backlog, 1 << 20).now_or_never().expect("room").expect("open");
+        assert!(admission.admit(Lane::Live, 1).now_or_never().is_none());
+        drop(large);
+        assert!(admission.admit(Lane::Live, 1).now_or_never().is_some());
+    }
+}
