@@ -40,6 +40,11 @@ def first_start(stack):
     print(f"still there after down and up: {after} streams")
 
 
+NO_GATEWAY = {"TidegateGatewayDown", "TidegateNoGateway"}
+NOT_READY = {"TidegateNotReady"}
+OUTAGES = NO_GATEWAY | NOT_READY
+
+
 class Faults:
     """What goes wrong in the life of containers. Each heals what it broke, and says which of the alerts must have fired."""
 
@@ -48,20 +53,20 @@ class Faults:
         self.authority = stack.authority()
 
     def kill_gateway(self):
-        return self.killed("gateway", {"TidegateGatewayDown", "TidegateNoGateway"})
+        return self.killed("gateway", NO_GATEWAY)
 
     def kill_postgres(self):
-        return self.killed("postgres", {"TidegateNotReady"})
+        return self.killed("postgres", NOT_READY)
 
     def pause_gateway(self):
-        return self.away("gateway", {"TidegateGatewayDown", "TidegateNoGateway"}, ("pause",), ("unpause",))
+        return self.away("gateway", NO_GATEWAY, ("pause",), ("unpause",))
 
     def pause_postgres(self):
-        return self.away("postgres", {"TidegateNotReady"}, ("pause",), ("unpause",))
+        return self.away("postgres", NOT_READY, ("pause",), ("unpause",))
 
     def disconnect_gateway(self):
         back = ("network", "connect", "--alias", "gateway", NETWORK)
-        return self.away("gateway", {"TidegateGatewayDown", "TidegateNoGateway"}, ("network", "disconnect", NETWORK), back)
+        return self.away("gateway", NO_GATEWAY, ("network", "disconnect", NETWORK), back)
 
     def restart_everything(self):
         self.stack.compose("restart", "--timeout", "40", "postgres", "gateway", "prometheus")
@@ -104,6 +109,8 @@ def faults(stack, times, chance):
     fleet = Fleet(stack, 7, "https://gateway:50051")
     stack.stores()
     for fault in todo:
+        # What fires then is of this fault, and not of the one before.
+        eventually("no alert of an outage fires", lambda: not stack.firing() & OUTAGES)
         # Not a wait for anything: the moment of a fault is chance.
         time.sleep(chance.uniform(0, 2))
         begin = time.monotonic()
