@@ -5,7 +5,7 @@
 #   docker run --read-only --cap-drop ALL -v tidegate-data:/data -p 127.0.0.1:50051:50051 -e TIDEGATE_INSECURE=true tidegate
 #
 # Behind a mirror: --build-arg RUST_IMAGE=mirror.example/library/rust:1-bookworm
-# To try a change out: --build-arg PROFILE=quick, which builds in half the time, and runs slower.
+# To try a change out: --build-arg PROFILE=quick, which is built quicker, and runs slower.
 ARG RUST_IMAGE=rust:1-bookworm
 
 FROM ${RUST_IMAGE} AS build
