@@ -87,7 +87,10 @@ def watch(stack, container, health):
     def follow():
         try:
             for answer in health.Watch(health_pb2.HealthCheckRequest(service="")):
-                seen.append(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+                status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+                # The same may be told twice: it is set by what finds it out first, and by the drain.
+                if seen[-1:] != [status]:
+                    seen.append(status)
         except grpc.RpcError as error:
             seen.append(error.code().name)
 

@@ -199,7 +199,7 @@ def main():
             try:
                 part(stack)
             except Failure as failure:
-                print(f"FAILED: {name}: {failure}\n{stack.compose('logs', '--tail', '100', check=False).stdout}", file=sys.stderr)
+                print(f"{stack.compose('logs', '--no-color', '--tail', '100', check=False).stdout}\nFAILED: {name}: {failure}", file=sys.stderr)
                 return 1
             print(f"  ({time.monotonic() - begin:.0f} s)", flush=True)
     return 0
