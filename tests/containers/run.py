@@ -139,7 +139,7 @@ def rolling_replacement(stack, rounds):
             stack.docker("stop", "--time", "30", old)
             if stack.state(old)["ExitCode"] != 0:
                 raise Failure(f"a gateway did not end well: {stack.docker('logs', '--tail', '20', old, check=False).stderr}")
-            stack.docker("rm", old)
+            stack.docker("rm", "-v", old)
             eventually("all devices are linked again", lambda: stack.value(f"sum({links})") == 20)
     found = fleet.verify()
     gap = found["longest_ack_gap_ms"] / 1000

@@ -16,10 +16,10 @@ def embedded_database(stack):
         raise Failure(f"the gateway is not confined as it should be: {facts}")
     listed = lambda: stack.docker("exec", container, "tidegate", "device", "list", check=False).stdout.count("sim-1-") == 20
     eventually("20 devices are registered", listed)
-    stack.compose("rm", "-sf", "sqlite-fleet")
+    stack.compose("rm", "-sfv", "sqlite-fleet")
     acknowledged = exchange(stack, 9, "https://sqlite:50051", "sqlite-operator-secret")
     print(f"with SQLite: read-only root, no capabilities, user 65532; {acknowledged} readings, none lost, none doubled")
-    stack.compose("rm", "-sf", "sqlite")
+    stack.compose("rm", "-sfv", "sqlite")
     copy(stack, acknowledged)
 
 
@@ -41,14 +41,14 @@ def copy(stack, acknowledged):
     environment += ["-e", f"TIDEGATE_STORAGE_URL={url}"]
     operator = ("-v", f"{PROJECT}_sqlite-operator-secret:/run/secrets/operator")
     name = f"{PROJECT}-copied"
-    stack.docker("run", "-d", "--name", name, "--network-alias", "sqlite", *database, *operator, *environment, stack.image)
+    stack.docker("run", "-d", "--name", name, "--tmpfs", "/data", "--network-alias", "sqlite", *database, *operator, *environment, stack.image)
     eventually("the gateway on the copy is healthy", lambda: stack.healthy(name))
     more = exchange(stack, 9, "https://sqlite:50051", "sqlite-operator-secret")
     total = stack.sql(stored, "copied")
     if total != str(acknowledged + more):
         raise Failure(f"there were {acknowledged} readings, {more} came, and there are {total}")
     print(f"a gateway on the copy, under the old name: {more} readings more, by the same devices")
-    stack.docker("rm", "-f", name)
+    stack.docker("rm", "-fv", name)
     stack.sql("DROP DATABASE copied WITH (FORCE)")
 
 
@@ -73,7 +73,7 @@ def image_alone(stack):
         probes.expect("the exit code of a stop", stack.state(name)["ExitCode"], 0)
         print(f"the image alone: {' '.join(CONFINED)}; {before} readings, killed, {after} more; none lost, none doubled")
     finally:
-        stack.docker("rm", "-f", name, check=False)
+        stack.docker("rm", "-fv", name, check=False)
         stack.docker("volume", "rm", "-f", volume, check=False)
 
 

@@ -93,7 +93,7 @@ class Stack:
 
     def remove(self):
         for name in self.docker("ps", "-aq", "--filter", f"network={NETWORK}").split():
-            self.docker("rm", "-f", name, check=False)
+            self.docker("rm", "-fv", name, check=False)
         self.compose("--profile", "*", "down", "--volumes", "--remove-orphans", "--timeout", "30", check=False)
 
     def hasten(self):
@@ -180,7 +180,7 @@ class Fleet:
         if operator:
             trusting += ["-v", f"{PROJECT}_authority:/authority:ro", "-e", "TIDEGATE_CA_FILE=/authority/authority.pem"]
             trusting += ["-v", f"{PROJECT}_{operator}:/operator:ro", "-e", "TIDEGATE_TOKEN_FILE=/operator/admin-token"]
-        stack.docker("rm", "-f", self.name, check=False)
+        stack.docker("rm", "-fv", self.name, check=False)
         stack.docker("run", "-d", "--name", self.name, *hardened, *trusting, stack.fleet_image, *simulate)
 
     def verify(self):
@@ -196,7 +196,7 @@ class Fleet:
         if code != 0:
             raise Failure(f"the fleet ended with {code}\n{logs.stdout}{logs.stderr}")
         summary = json.loads(logs.stdout)
-        self.stack.docker("rm", self.name)
+        self.stack.docker("rm", "-v", self.name)
         if summary["verification"]["devices_with_differences"] or summary["unacknowledged_readings"] or summary["rejected"]:
             raise Failure(f"not all is there once: {summary}")
         return summary
