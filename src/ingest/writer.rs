@@ -33,6 +33,8 @@ const STREAMS_CACHED_MAX: usize = 200_000;
 const CONFLICTS_MAX: usize = 10;
 /// How long the writer waits before it asks a failed store again.
 const RECOVERY_INTERVAL: Duration = Duration::from_millis(500);
+/// How long a gateway has nothing to commit before it asks its database whether it is there.
+const IDLE_PROBE_INTERVAL: Duration = Duration::from_secs(10);
 /// The readiness component that the writer speaks for.
 pub const COMPONENT: &str = "store";
 
@@ -125,7 +127,16 @@ impl Writer {
 
     /// Waits for a run, and takes what else waits; whether there is any.
     async fn receive(&mut self, waiting: &mut Vec<Submitted>) -> bool {
-        let mut next = self.receiver.recv().await;
+        let mut next = loop {
+            // A file is there as long as the machine is, and an idle disk is left alone.
+            if !self.store.is_shared() {
+                break self.receiver.recv().await;
+            }
+            match tokio::time::timeout(IDLE_PROBE_INTERVAL, self.receiver.recv()).await {
+                Ok(received) => break received,
+                Err(_) => self.probe().await,
+            }
+        };
         let mut batches = 0;
         while let Some(submitted) = next {
             batches += submitted.run.len();
@@ -133,6 +144,13 @@ impl Writer {
             next = if batches < self.commit_batches_max { self.receiver.try_recv().ok() } else { None };
         }
         !waiting.is_empty()
+    }
+
+    /// Finds out whether a database on the network still takes writes, of which a gateway that has nothing to commit would not hear.
+    async fn probe(&mut self) {
+        if let Err(error) = watched(&self.readiness.clone(), self.store.probe_write()).await {
+            self.recover(error).await;
+        }
     }
 
     /// Commits all of `waiting` that is to be stored, and says of each batch what became of it.

@@ -54,7 +54,7 @@ def outside(stack, container, authority):
 
 
 def unhealthy(stack, container, authority):
-    """While devices send, and the database is away; a gateway that has nothing to commit does not know."""
+    """While the database is away."""
     address = stack.port(container, 50051)
     eventually("the probe finds the gateway unhealthy", lambda: probe(address, "", authority) == UNHEALTHY)
     expect("tidegate health without a database", stack.docker("exec", container, "tidegate", "health", check=False).returncode, 1)

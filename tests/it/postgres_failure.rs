@@ -82,6 +82,23 @@ async fn a_server_that_does_not_answer_is_not_waited_for_for_ever() {
     load.ends_well().await;
 }
 
+/// Scenario: the server hangs while no device sends. Guarantee: the gateway says so all the same, and when it is over.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_gateway_finds_out_that_its_server_hangs() {
+    if !postgres::is_there() {
+        return;
+    }
+    let bridge = Bridge::start().await;
+    let Bridge { proxy, gateway, .. } = &bridge;
+    health_is(gateway, true).await;
+    proxy.set(Way::Stalled);
+    not_ready(gateway, "a commit has taken more than").await;
+    health_is(gateway, false).await;
+    proxy.set(Way::Closed);
+    proxy.set(Way::Open);
+    health_is(gateway, true).await;
+}
+
 /// Scenario: a device hands the same batches to two gateways at once. Guarantee: each is stored once.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_gateways_that_are_fed_one_stream_at_once_store_each_batch_once() {
