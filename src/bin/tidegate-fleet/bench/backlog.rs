@@ -10,13 +10,16 @@ use super::{
     server::{DataDir, Server, Setup},
     upload::Uploaders,
 };
+use anyhow::bail;
 use serde::Serialize;
 use std::{sync::Arc, time::Duration};
 
 /// The connections of the live devices.
 const LIVE_CONNECTIONS: u32 = 50;
-/// While the backlog is flushed, the live devices are measured in parts of this length.
-const PART: Duration = Duration::from_secs(1);
+/// How long the live devices have to open their links.
+const WARM_UP: Duration = Duration::from_secs(3);
+/// Longer than any run.
+const FOREVER: Duration = Duration::from_secs(86_400);
 /// Where the numbers of the devices with a backlog begin.
 const BACKLOG_DEVICES_FROM: u32 = 50_000;
 
@@ -63,20 +66,26 @@ pub async fn run(arguments: &Backlog) -> anyhow::Result<Outcome> {
     let mut live = Links::new(Arc::new(Pool::of_now(shape)), &live_channels, *live_devices);
     let pace = Pace::Rate(f64::from(*live_rate) * shape.readings() as f64);
 
-    live.run(*duration / 10, pace, &Arc::new(Measured::new())).await?;
-    let alone = Arc::new(Measured::new());
-    live.run(*duration, pace, &alone).await?;
+    // One run for all of it, as the opening of links is not what is measured.
+    let measured = Arc::new(Measured::new());
+    let live = tokio::spawn({
+        let measured = measured.clone();
+        async move { live.run(FOREVER, pace, &measured).await }
+    });
+    tokio::time::sleep(WARM_UP).await;
+    measured.take();
+    tokio::time::sleep(*duration).await;
+    let alone = Quantiles::of(&measured.take());
 
     let channels = call::connect(&server.endpoint(), *devices).await?;
     let mut uploaders = Uploaders::numbered(Arc::new(Pool::new(shape)), &channels, BACKLOG_DEVICES_FROM..BACKLOG_DEVICES_FROM + devices);
-    let batches_each = *batches;
-    let flush = tokio::spawn(async move { uploaders.send_each(batches_each).await });
-    let beside = Arc::new(Measured::new());
-    while !flush.is_finished() {
-        live.run(PART, pace, &beside).await?;
+    let flushed = uploaders.send_each(*batches).await?;
+    let beside_backlog = Quantiles::of(&measured.take());
+    if live.is_finished() {
+        live.await??;
+        bail!("the live devices ended before the backlog was flushed");
     }
-    let flushed = flush.await??;
-    let (alone, beside_backlog) = (Quantiles::of(&alone.latencies_us.lock()), Quantiles::of(&beside.latencies_us.lock()));
+    live.abort();
     Ok(Outcome {
         machine: process::machine(),
         store: *store,
@@ -84,7 +93,7 @@ pub async fn run(arguments: &Backlog) -> anyhow::Result<Outcome> {
         live_devices: *live_devices,
         live_rate: *live_rate,
         backlog_devices: *devices,
-        backlog_batches_each: batches_each,
+        backlog_batches_each: *batches,
         backlog_rate: flushed.rate(),
         alone,
         beside_backlog,

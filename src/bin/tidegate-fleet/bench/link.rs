@@ -63,6 +63,14 @@ impl Measured {
         let latencies_us = Histogram::new_with_bounds(1, 600_000_000, 3).expect("the bounds are good");
         Self { readings: AtomicU64::new(0), latencies_us: Mutex::new(latencies_us) }
     }
+
+    /// The latencies up to now, which are then forgotten.
+    pub fn take(&self) -> Histogram<u64> {
+        let mut latencies = self.latencies_us.lock();
+        let taken = latencies.clone();
+        latencies.reset();
+        taken
+    }
 }
 
 /// Devices that are linked to one server.
