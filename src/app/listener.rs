@@ -31,7 +31,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{self, Instant},
 };
@@ -41,6 +41,10 @@ use tower::{BoxError, Service, ServiceExt};
 
 /// How long accepting pauses after an error such as EMFILE: connections that end meanwhile make room, and the log stays readable.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(250);
+
+/// How many connections may wait to be accepted, as far as the operating system allows it (`net.core.somaxconn`). When all devices
+/// come back at once, one that finds the queue full waits for a second or more until its SYN is sent again; the usual 128 are too few.
+const LISTEN_QUEUE: u32 = 4_096;
 
 /// How much of one response may wait to be sent: what a client that reads slowly, or grants a huge window, costs in memory.
 const SEND_BUFFER_BYTES_MAX: usize = 64 << 10;
@@ -72,7 +76,7 @@ pub struct Listener {
 impl Listener {
     /// Binds `grpc.listen`.
     pub async fn bind(config: &Grpc, metrics: &Metrics) -> io::Result<Self> {
-        let socket = TcpListener::bind(config.listen).await?;
+        let socket = listen(config.listen)?;
         let local_addr = socket.local_addr()?;
         Ok(Self { socket, local_addr, connections_max: config.connections_max, tls: None, server: Arc::new(Server::new(config, metrics)) })
     }
@@ -116,6 +120,14 @@ impl Listener {
         server.tasks.close();
         server.tasks.wait().await;
     }
+}
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // A gateway that starts again takes its port back while connections of the one before are not forgotten yet.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(LISTEN_QUEUE)
 }
 
 #[derive(Clone)]

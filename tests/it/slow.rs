@@ -4,18 +4,15 @@
 use crate::support::{
     eventually,
     h2_raw::{
-        CANCEL, END_HEADERS, END_STREAM, INITIAL_WINDOW_SIZE, RawConnection, WINDOW_MAX, call, call_fields, field, frame, kind, whole_call,
-        window_update,
+        CANCEL, END_HEADERS, END_STREAM, INITIAL_WINDOW_SIZE, RawConnection, WINDOW_MAX, call, call_fields, connect, field, frame, kind,
+        whole_call, window_update,
     },
     siege::Siege,
     soon,
 };
 use futures_util::future::join_all;
 use std::{net::SocketAddr, time::Duration};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const UPLOAD: &str = "/tidegate.v1.TelemetryService/Upload";
 const FOLLOW: &str = "/tidegate.v1.LiveService/Follow";
@@ -45,7 +42,7 @@ async fn send_and_wait(connection: &mut RawConnection, bytes: &[u8], streams: us
 async fn half_open_connections() {
     let attack = |address: SocketAddr| async move {
         let silent = join_all((0..50).map(|_| async move {
-            let Ok(mut stream) = TcpStream::connect(address).await else { return };
+            let Ok(mut stream) = connect(address).await else { return };
             assert_eq!(stream.read(&mut [0; 64]).await.unwrap_or(0), 0, "it is closed without a word");
         }));
         let begun = join_all((0..50).map(|_| async move {

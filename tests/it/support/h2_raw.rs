@@ -1,6 +1,7 @@
 //! HTTP/2 by hand (RFC 9113): frames that no well-behaved client would send.
 
-use std::{io, net::SocketAddr};
+use socket2::{SockRef, TcpKeepalive};
+use std::{io, net::SocketAddr, time::Duration};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, BufReader},
     net::{
@@ -108,6 +109,17 @@ pub struct Ending {
     pub answered: usize,
 }
 
+/// A connection on which nothing is sent yet.
+///
+/// One that the gateway's operating system forgot, as the queue was full at the last step of the handshake, is found out by probes:
+/// who only reads would wait for its end for ever.
+pub async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(address).await?;
+    let second = Duration::from_secs(1);
+    SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(second).with_interval(second))?;
+    Ok(stream)
+}
+
 /// A connection whose preface and SETTINGS are sent.
 pub struct RawConnection {
     pub write: OwnedWriteHalf,
@@ -116,7 +128,7 @@ pub struct RawConnection {
 
 impl RawConnection {
     pub async fn open(address: SocketAddr, values: &[(u16, u32)]) -> io::Result<Self> {
-        let stream = TcpStream::connect(address).await?;
+        let stream = connect(address).await?;
         stream.set_nodelay(true)?;
         let (read, mut write) = stream.into_split();
         write.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;

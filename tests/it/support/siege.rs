@@ -5,6 +5,7 @@
 //! turn in the same run.
 
 use super::{
+    PATIENCE,
     client::{TestDevice, nth_batch},
     eventually, http_get, metric,
     process::GatewayProcess,
@@ -12,14 +13,11 @@ use super::{
 };
 use std::{
     net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
     thread,
     time::{Duration, Instant},
 };
 use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
 
 /// How many connections attack at once.
 const ATTACKERS: usize = 4;
@@ -70,13 +68,14 @@ impl Siege {
         let (mut calm, mut attacked) = (Vec::new(), Vec::new());
         for _ in 0..rounds {
             calm.push(self.use_for(round / 3).await);
-            let on = Arc::new(AtomicBool::new(true));
-            let attackers = self.attackers(&on, attack.clone());
-            attacked.push(self.use_for(round).await);
-            on.store(false, Relaxed);
-            // Each attacker's last connection is attacked to its end, too.
-            let ended = tokio::task::spawn_blocking(move || attackers.join().is_ok());
-            assert!(soon("the attackers' connections are ended", ended).await.expect("no panic"), "{name}: see above");
+            let stop = CancellationToken::new();
+            let attackers = self.attackers(stop.clone(), attack.clone());
+            {
+                let _stop = stop.drop_guard();
+                attacked.push(self.use_for(round).await);
+            }
+            let ended = tokio::task::spawn_blocking(move || attackers.join().is_ok()).await;
+            assert!(ended.expect("no panic"), "{name}: see above");
         }
         self.assert_recovered().await;
         let growth = self.resident_bytes_max.saturating_sub(resident_before);
@@ -93,20 +92,31 @@ impl Siege {
         metric(&text, series)
     }
 
-    /// On a thread of their own, so that they don't keep the client from being quick.
-    fn attackers<F>(&self, on: &Arc<AtomicBool>, attack: impl Fn(SocketAddr) -> F + Send + 'static) -> thread::JoinHandle<()>
+    /// On a thread of their own, so that they don't keep the client from being quick. Told to stop, each attacks its last connection
+    /// to the end, too; the thread panics when that takes too long.
+    fn attackers<F>(&self, stop: CancellationToken, attack: impl Fn(SocketAddr) -> F + Send + 'static) -> thread::JoinHandle<()>
     where
         F: Future<Output = ()>,
     {
-        let (address, on) = (self.gateway.grpc, on.clone());
+        let address = self.gateway.grpc;
         thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
             let attacker = || async {
-                while on.load(Relaxed) {
+                while !stop.is_cancelled() {
                     attack(address).await;
                 }
             };
-            runtime.block_on(futures_util::future::join_all((0..ATTACKERS).map(|_| attacker())));
+            runtime.block_on(async {
+                let all = futures_util::future::join_all((0..ATTACKERS).map(|_| attacker()));
+                let given_up = async {
+                    stop.cancelled().await;
+                    tokio::time::sleep(PATIENCE).await;
+                };
+                tokio::select! {
+                    _ = all => {}
+                    () = given_up => panic!("the attackers' connections are not ended"),
+                }
+            });
         })
     }
 
