@@ -4,11 +4,12 @@ use super::parse;
 use crate::{
     auth::{Authenticator, Caller},
     error::{Error, Failure, Violations},
-    fleet::{Device, Registry},
+    fleet::{ClockOffset, Device, Registry},
     live::Latest,
     model::{
         DeviceId, Labels, Timestamp, ValueKind,
         batch::{check_sensor_name, reason_from_name},
+        time::duration_to_proto,
         units,
     },
     pb::{self, device_service_server::DeviceService},
@@ -60,14 +61,14 @@ impl DeviceService for DeviceApi {
             }
             created => created,
         }?;
-        Ok(Response::new(pb::CreateDeviceResponse { device: Some(encode_device(created.row(), None)) }))
+        Ok(Response::new(pb::CreateDeviceResponse { device: Some(encode_device(created.row(), None, None)) }))
     }
 
     async fn get_device(&self, request: Request<pb::GetDeviceRequest>) -> Result<Response<pb::GetDeviceResponse>, Status> {
         let caller = Caller::of(request.extensions());
         let device = self.find(&caller, &request.into_inner().device).await?;
         let last_receive_time = self.store.last_receive_time(device.key).await.map_err(Failure::from)?;
-        Ok(Response::new(pb::GetDeviceResponse { device: Some(encode_device(device.row(), last_receive_time)) }))
+        Ok(Response::new(pb::GetDeviceResponse { device: Some(encode_device(device.row(), device.clock.offset(), last_receive_time)) }))
     }
 
     async fn list_devices(&self, request: Request<pb::ListDevicesRequest>) -> Result<Response<pb::ListDevicesResponse>, Status> {
@@ -86,7 +87,8 @@ impl DeviceService for DeviceApi {
                 break;
             }
             let last_receive_time = self.store.last_receive_time(row.key).await.map_err(Failure::from)?;
-            let device = encode_device(row, last_receive_time);
+            let clock = self.registry.loaded(row.key).and_then(|device| device.clock.offset());
+            let device = encode_device(row, clock, last_receive_time);
             bytes += device.encoded_len();
             devices.push(device);
         }
@@ -124,7 +126,7 @@ impl DeviceService for DeviceApi {
         });
         let row = updated.await?;
         let last_receive_time = self.store.last_receive_time(device.key).await.map_err(Failure::from)?;
-        Ok(Response::new(pb::UpdateDeviceResponse { device: Some(encode_device(row, last_receive_time)) }))
+        Ok(Response::new(pb::UpdateDeviceResponse { device: Some(encode_device(row, device.clock.offset(), last_receive_time)) }))
     }
 
     async fn delete_device(&self, request: Request<pb::DeleteDeviceRequest>) -> Result<Response<pb::DeleteDeviceResponse>, Status> {
@@ -236,7 +238,7 @@ fn parse_etag(violations: &mut Violations, field: &str, etag: &str) -> Option<i6
     violations.check(field, etag.parse().map_err(|_| "this is not an etag that the gateway gave".to_owned()))
 }
 
-fn encode_device(row: DeviceRow, last_receive_time: Option<Timestamp>) -> pb::Device {
+fn encode_device(row: DeviceRow, clock: Option<ClockOffset>, last_receive_time: Option<Timestamp>) -> pb::Device {
     pb::Device {
         id: row.id.to_string(),
         labels: row.labels.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
@@ -245,6 +247,11 @@ fn encode_device(row: DeviceRow, last_receive_time: Option<Timestamp>) -> pb::De
         update_time: Some(row.update_time.to_proto()),
         last_receive_time: last_receive_time.map(Timestamp::to_proto),
         etag: row.revision.to_string(),
+        clock_offset: clock.map(|clock| pb::ClockOffset {
+            offset: Some(duration_to_proto(clock.micros)),
+            uncertainty: clock.uncertainty_micros.map(duration_to_proto),
+            measure_time: Some(clock.time.to_proto()),
+        }),
     }
 }
 

@@ -10,7 +10,7 @@ use super::{
 use crate::{
     auth::Caller,
     error::{Error, Failure, Violations},
-    fleet::{Configs, Device, Registry},
+    fleet::{ClockWatch, Configs, Device, Exchange, Registry},
     ingest::{Envelope, Ingest, Lane, Outcome, Reply},
     middleware::Draining,
     model::{DeviceId, StreamId, Timestamp, structs},
@@ -18,7 +18,7 @@ use crate::{
     store::{ConfigOutcome, ConfigReportRow, ConfigStateRow, Store, StoreError},
 };
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesOrdered};
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -36,6 +36,8 @@ pub struct DeviceLinkApi {
     pub registry: Registry,
     /// What the devices should be configured like.
     pub configs: Configs,
+    /// Compares the devices' clocks with the gateway's.
+    pub clocks: ClockWatch,
     /// Where stream ids stand.
     pub store: Store,
     /// How many batches of a call may wait for their commit.
@@ -66,6 +68,8 @@ struct Link<'a> {
     gap_told: Option<u64>,
     // The revision that the device has, or was sent: it is not sent again.
     known_revision: u64,
+    // When the Welcome was sent, until the device has answered with its clock.
+    welcomed: Option<(Timestamp, Instant)>,
     outbound: &'a Outbound<pb::ConnectResponse>,
 }
 
@@ -108,6 +112,7 @@ impl<'a> Link<'a> {
         // What the device runs with is sent again unless the store knows that it does.
         let state = api.configs.state(device.key).await.map_err(Failure::from)?;
         let reported = state.and_then(|(_, state)| reported_on(&state, hello.applied_revision));
+        let (server_time, sent) = (Timestamp::now(), Instant::now());
         let link = Self {
             api,
             device,
@@ -117,9 +122,10 @@ impl<'a> Link<'a> {
             unacknowledged: 0,
             gap_told: None,
             known_revision: reported.unwrap_or(0),
+            welcomed: Some((server_time, sent)),
             outbound,
         };
-        let welcome = pb::Welcome { last_durable_sequence, server_time: Some(Timestamp::now().to_proto()) };
+        let welcome = pb::Welcome { last_durable_sequence, server_time: Some(server_time.to_proto()) };
         link.send(connect_response::Message::Welcome(welcome)).await;
         Ok(link)
     }
@@ -161,11 +167,32 @@ impl<'a> Link<'a> {
                 let report = parse_report(report)?;
                 Box::pin(self.api.configs.note_report(&self.device, &report)).await.map_err(Failure::from)?;
             }
+            Some(connect_request::Message::ClockSample(sample)) => self.compare_clocks(&sample)?,
             Some(connect_request::Message::Hello(_)) => return Err(Error::invalid("hello", "only the first message may be a Hello").into()),
             // A newer client may say what this gateway does not know.
             None => {}
         }
         Ok((Ok(false), None))
+    }
+
+    fn compare_clocks(&mut self, sample: &pb::ClockSample) -> Result<(), Error> {
+        let came = Instant::now();
+        let mut violations = Violations::new();
+        let mut time = |field, time: &Option<_>| {
+            let time = time.as_ref().ok_or_else(|| "it is required".to_owned());
+            violations.check(field, time.and_then(Timestamp::from_proto))
+        };
+        let server_time = time("clock_sample.server_time", &sample.server_time);
+        let received = time("clock_sample.receive_time", &sample.receive_time);
+        let answered = time("clock_sample.send_time", &sample.send_time);
+        violations.into_result()?;
+        if let (Some(received), Some(answered)) = (received, answered)
+            && let Some((sent, at)) = self.welcomed.take()
+            && server_time == Some(sent)
+        {
+            self.api.clocks.measure(&self.device, Exchange { sent, received, answered, round_trip: came.duration_since(at) });
+        }
+        Ok(())
     }
 
     async fn receive_batches(&mut self, first: pb::LinkBatch, inbound: &mut Streaming<pb::ConnectRequest>) -> Result<Received, Status> {

@@ -14,7 +14,7 @@ use crate::{
     api::{ConfigApi, CredentialApi, DeadLetterApi, DeviceApi, DeviceLinkApi, LiveApi, OperatorApi, ReadingApi, TelemetryApi},
     auth::{AuditLog, Authenticator, Directory},
     config::{AuthMode, Config},
-    fleet::{Configs, Registry, reconciler},
+    fleet::{ClockWatch, Configs, Registry, reconciler},
     history::{Exporter, Reader, Upkeep},
     http::HttpServer,
     ingest::{
@@ -141,6 +141,7 @@ impl Gateway {
         let (ingest, writer) =
             writer::writer(&config, store.clone(), registry.clone(), tail.clone(), latest.clone(), &metrics, readiness.clone());
         ingest.show_pending(&metrics);
+        ClockWatch::new(config.devices.clock_offset_max).show(&registry, &metrics);
         let ingest = sink(ingest);
 
         let upkeep = Upkeep::new(&config, store.clone(), registry.clone(), latest.clone(), tail.clone(), &metrics);
@@ -363,8 +364,14 @@ impl Services<'_> {
         let store = sources.store.clone();
         let telemetry = TelemetryApi { ingest: ingest.clone(), registry: registry.clone(), store: store.clone(), unacknowledged_max };
         let dead_letter = DeadLetterApi { ingest: ingest.clone(), registry: registry.clone(), store: store.clone() };
-        let device_link =
-            DeviceLinkApi { ingest, registry: registry.clone(), configs: configs.clone(), store: store.clone(), unacknowledged_max };
+        let device_link = DeviceLinkApi {
+            ingest,
+            registry: registry.clone(),
+            configs: configs.clone(),
+            clocks: ClockWatch::new(config.devices.clock_offset_max),
+            store: store.clone(),
+            unacknowledged_max,
+        };
         let device = DeviceApi {
             registry: registry.clone(),
             store: store.clone(),

@@ -4,7 +4,7 @@ use super::{
     Failure,
     client::ClientArgs,
     parse,
-    print::{Table, proto_time},
+    print::{Table, proto_time, seconds},
     show,
 };
 use crate::{
@@ -159,6 +159,11 @@ pub fn device_json(device: &pb::Device) -> serde_json::Value {
         "update_time": proto_time(device.update_time.as_ref()),
         "last_receive_time": device.last_receive_time.as_ref().map(|time| proto_time(Some(time))),
         "etag": device.etag,
+        "clock_offset": device.clock_offset.as_ref().map(|clock| json!({
+            "offset_seconds": clock.offset.as_ref().map(seconds),
+            "uncertainty_seconds": clock.uncertainty.as_ref().map(seconds),
+            "measure_time": proto_time(clock.measure_time.as_ref()),
+        })),
     })
 }
 

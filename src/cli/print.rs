@@ -19,6 +19,11 @@ pub fn proto_time(time_of: Option<&prost_types::Timestamp>) -> String {
     time_of.and_then(|proto| Timestamp::from_proto(proto).ok()).map(|at| time(at.micros())).unwrap_or_default()
 }
 
+/// A protobuf duration in seconds.
+pub fn seconds(duration: &prost_types::Duration) -> f64 {
+    duration.seconds as f64 + f64::from(duration.nanos) / 1e9
+}
+
 /// A number in the fewest digits that read back as the same.
 pub fn double(number: f64) -> String {
     const PLAIN: std::ops::Range<f64> = 1e-5..1e16;

@@ -6,7 +6,7 @@ use super::{
     configure::{config_json, state_name},
     device::{device_json, get, labels_text, or_dash},
     parse,
-    print::{Table, proto_time},
+    print::{Table, proto_time, seconds},
 };
 use crate::{
     client::Channel,
@@ -57,6 +57,17 @@ pub async fn run(args: ShowArgs, out: &mut dyn Write) -> Result<(), Failure> {
     Ok(())
 }
 
+/// As far as it is known: `0.002 s ahead, ±0.001 s`.
+fn clock_line(clock: &pb::ClockOffset) -> String {
+    let offset = clock.offset.as_ref().map_or(0.0, seconds);
+    let direction = if offset < 0.0 { "behind" } else { "ahead" };
+    match &clock.uncertainty {
+        Some(uncertainty) => format!("{:.3} s {direction}, ±{:.3} s", offset.abs(), seconds(uncertainty)),
+        None if offset < 0.0 => format!("at most {:.3} s behind, by its readings", offset.abs()),
+        None => format!("at least {offset:.3} s ahead, by its readings"),
+    }
+}
+
 /// The state of the device's configuration, when it was ever given one.
 async fn config_if_any(client: &ClientArgs, channel: Channel, id: &str) -> Result<Option<pb::DeviceConfig>, Failure> {
     let request = client.request(pb::GetConfigRequest { device: id.to_owned() });
@@ -77,6 +88,7 @@ impl Shown {
             ("labels", labels_text(device)),
             ("registered", proto_time(device.create_time.as_ref())),
             ("last received", proto_time(device.last_receive_time.as_ref())),
+            ("clock", device.clock_offset.as_ref().map(clock_line).unwrap_or_default()),
             ("configuration", config.as_ref().map(config_line).unwrap_or_else(|| "none".to_owned())),
         ] {
             head.row([name.to_owned(), or_dash(&text)]);

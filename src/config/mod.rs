@@ -153,6 +153,8 @@ pub struct Devices {
     pub config_bytes_max: usize,
     #[serde(with = "duration")]
     pub reconcile_interval: Duration,
+    #[serde(with = "duration")]
+    pub clock_offset_max: Duration,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -279,6 +281,7 @@ impl Default for Config {
                 sensors_max: 1_000,
                 config_bytes_max: 64 << 10,
                 reconcile_interval: Duration::from_secs(30),
+                clock_offset_max: Duration::from_secs(60),
             },
             live: Live { tail_bytes_max: 16 * MIB, replay_window: Duration::from_secs(3600), replay_bytes_max: 64 * MIB },
             history: History {

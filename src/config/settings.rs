@@ -333,6 +333,11 @@ pub static SETTINGS: &[Setting] = &[
         "How often connected devices are compared with their desired configuration, to repair what a lost notification left.",
     ),
     setting(
+        "devices.clock_offset_max",
+        seconds(0..=365 * DAY),
+        "How far a device's clock may be from the gateway's before it is logged and counted as off. 0s: any offset.",
+    ),
+    setting(
         "live.tail_bytes_max",
         Allowed::Bytes(64 * KIB..=16 * GIB),
         "How much of the log's end is kept in memory for followers; slower ones read the database.",

@@ -1,10 +1,12 @@
 //! The devices: who they are, what they measure, and how they are configured.
 
+pub mod clock;
 pub mod configs;
 pub mod reconciler;
 pub mod registry;
 pub mod sensors;
 
+pub use clock::{ClockOffset, ClockWatch, Exchange};
 pub use configs::{ConfigChange, Configs};
 pub use registry::{Device, Registry};
 pub use sensors::Sensors;

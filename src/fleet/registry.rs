@@ -2,7 +2,7 @@
 //!
 //! A [`Device`] is loaded when it is first asked for and then shared by all that have to do with it.
 
-use super::{sensors::Sensors, to_the_end};
+use super::{clock::DeviceClock, sensors::Sensors, to_the_end};
 use crate::{
     error::{Error, Failure},
     model::{
@@ -51,6 +51,8 @@ pub struct Device {
     pub key: DeviceKey,
     /// Its id.
     pub id: DeviceId,
+    /// What is known of its clock.
+    pub clock: DeviceClock,
     row: RwLock<DeviceRow>,
     // Replaced as a whole when a sensor comes or changes, so that the hot path holds no lock while it looks.
     sensors: RwLock<Arc<Sensors>>,
@@ -68,6 +70,7 @@ impl Device {
         Self {
             key: row.key,
             id: row.id.clone(),
+            clock: DeviceClock::default(),
             row: RwLock::new(row),
             sensors: RwLock::new(Arc::new(Sensors::default().with(sensors))),
             standing: AtomicU8::new(REGISTERED),
@@ -265,6 +268,11 @@ impl Registry {
             *known = row;
         }
         Ok(false)
+    }
+
+    /// Looks at all devices that are loaded. `look` must be quick: others wait.
+    pub fn each_loaded(&self, mut look: impl FnMut(&Device)) {
+        self.shared.cache.read().by_key.values().for_each(|device| look(device));
     }
 
     /// The numbers of all devices that are loaded.

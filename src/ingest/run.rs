@@ -4,11 +4,14 @@ use super::{Ingest, Lane, Outcome, Pending, Reply, admission::Permit};
 use crate::{
     error::Error,
     fleet::{Device, Sensors},
-    model::{BatchReject, CheckedBatch, StreamId, Timestamp, batch::BatchSensors},
+    model::{
+        BatchReject, CheckedBatch, StreamId, Timestamp,
+        batch::{BatchSensors, RejectReason},
+    },
     store::{DeadLetterRow, SensorRow},
 };
 use bytes::Bytes;
-use std::{collections::HashMap, ops::Range, sync::Arc};
+use std::{collections::HashMap, ops::Range, sync::Arc, time::Duration};
 
 /// How many batches go on together at the most: with a device that has a backlog, others need not wait long for their turn.
 const BATCHES_MAX: usize = 256;
@@ -139,6 +142,17 @@ impl Run {
     /// The time of the newest reading in it; `None` when nothing of it can be stored.
     pub(super) fn newest_time(&self) -> Option<Timestamp> {
         self.batches.iter().filter_map(|batch| batch.checked.as_ref().ok()).map(|checked| checked.summary.last_time).max()
+    }
+
+    /// By how many microseconds its newest reading was ahead of the gateway's clock, which mostly is less than 0. Of one that was
+    /// rejected for that, it is known to be more than `time_skew_max`. `None` when nothing tells.
+    pub(super) fn lead(&self, time_skew_max: Duration) -> Option<i64> {
+        let newest = |batch: &RunBatch| match &batch.checked {
+            Ok(checked) => Some(checked.summary.last_time),
+            Err(reject) if reject.reason == RejectReason::TimeInFuture => Some(self.receive_time.saturating_add(time_skew_max)),
+            Err(_) => None,
+        };
+        self.batches.iter().filter_map(newest).max().map(|newest| newest.micros() - self.receive_time.micros())
     }
 
     /// Whether its first batch leaves a gap.

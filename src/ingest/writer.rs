@@ -12,7 +12,7 @@ use super::{Ingest, Outcome, Reply, Run, Submitted, admission::Admission, metric
 use crate::{
     config::Config,
     error::Error,
-    fleet::{Device, Registry},
+    fleet::{ClockWatch, Device, Registry},
     live::{Latest, Publisher, Tail, TailEntry},
     model::{BatchLimits, BatchReject, BatchSummary, CheckedBatch, Position, StreamId, Timestamp, batch::BatchSensors},
     store::{DeviceKey, NewLogRow, NewRejection, SensorRow, Store, StoreError, StreamChange, StreamRow, WriteTx},
@@ -50,6 +50,8 @@ pub struct Writer {
     commit_batches_max: usize,
     sensors_max: usize,
     rejected_kept_max: u32,
+    clocks: ClockWatch,
+    time_skew_max: Duration,
     streams: HashMap<(DeviceKey, StreamId), StreamRow>,
     // Another gateway was quicker with a stream of the group: its rows are locked before they are read.
     contended: bool,
@@ -79,6 +81,8 @@ pub fn writer(
         commit_batches_max: settings.commit_batches_max,
         sensors_max: config.devices.sensors_max,
         rejected_kept_max: settings.rejected_batches_kept_max,
+        clocks: ClockWatch::new(config.devices.clock_offset_max),
+        time_skew_max: settings.time_skew_max,
         streams: HashMap::new(),
         contended: false,
     };
@@ -351,6 +355,9 @@ impl Writer {
         let mut tail = Vec::with_capacity(rows.len());
         let (mut runs, mut replies) = (Vec::with_capacity(waiting.len()), Vec::with_capacity(waiting.len()));
         for Submitted { run, reply, .. } in waiting {
+            if let Some(lead) = run.lead(self.time_skew_max) {
+                self.clocks.see(&run.device, lead, run.receive_time);
+            }
             runs.push(run);
             replies.push(reply);
         }

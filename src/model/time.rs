@@ -77,6 +77,11 @@ pub fn duration_from_proto(proto: &prost_types::Duration) -> Result<Duration, St
     Ok(Duration::new(proto.seconds.unsigned_abs(), proto.nanos.unsigned_abs() / 1_000 * 1_000))
 }
 
+/// The protobuf duration of so many microseconds, which may be negative.
+pub fn duration_to_proto(micros: i64) -> prost_types::Duration {
+    prost_types::Duration { seconds: micros / 1_000_000, nanos: (micros % 1_000_000) as i32 * 1_000 }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

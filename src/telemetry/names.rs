@@ -145,6 +145,8 @@ pub const EXPIRED_READINGS: &str = "tidegate_expired_readings_total";
 pub const STORAGE_BYTES: &str = "tidegate_storage_bytes";
 /// What is left where the embedded database is.
 pub const STORAGE_FREE_BYTES: &str = "tidegate_storage_free_bytes";
+/// Devices whose clocks are off. `direction`: `ahead`, `behind`.
+pub const DEVICES_CLOCK_OFF: &str = "tidegate_devices_clock_off";
 /// The gateway's clock.
 pub const CLOCK: &str = "tidegate_clock_seconds";
 /// Always 1. `version`: the version of the running gateway.
@@ -237,6 +239,13 @@ pub static METRICS: &[Metric] = &[
     metric(DUPLICATE_READINGS, Kind::Counter, "readings", &[], "Readings in the batches that came again."),
     metric(REJECTED_BATCHES, Kind::Counter, "batches", &["reason"], "Batches that can never be stored and were kept aside, by reason."),
     metric(REJECTED_READINGS, Kind::Counter, "readings", &["reason"], "Readings in the rejected batches, as far as these could be read."),
+    metric(
+        DEVICES_CLOCK_OFF,
+        Kind::Gauge,
+        "devices",
+        &["direction"],
+        "Devices that this gateway has seen whose clocks are further off than devices.clock_offset_max, by direction.",
+    ),
     metric(
         BACKLOG_BATCHES,
         Kind::Counter,

@@ -8,6 +8,7 @@ mod support;
 mod backup;
 mod bench;
 mod cli;
+mod clocks;
 mod configure;
 mod copy;
 mod dead_letters;

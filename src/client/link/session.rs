@@ -3,7 +3,7 @@
 use super::{ConfigDecision, LinkError, LinkEvent, Revert, Worker};
 use crate::{
     client::queue::{QueueStatus, Resumed, SEQUENCE_MAX},
-    model::structs,
+    model::{Timestamp, structs},
     pb::{self, connect_request, connect_response::Message},
 };
 use std::{collections::VecDeque, time::Duration};
@@ -75,6 +75,7 @@ impl<'a> Session<'a> {
             _ => return Err(LinkError::NotWelcomed),
         };
 
+        let welcomed = Timestamp::now();
         let last = welcome.last_durable_sequence.min(SEQUENCE_MAX);
         let queue_status = worker.queue.watch();
         let taken = match worker.queue.resume_from(last).await? {
@@ -87,7 +88,8 @@ impl<'a> Session<'a> {
         };
         worker.observer.observe(&LinkEvent::Connected { last_durable_sequence: last });
         worker.observer.observe(&LinkEvent::Acknowledged { through: last, taken });
-        let outbox = worker.revert.iter().map(reverted).collect();
+        let sample = welcome.server_time.map(|server_time| clock_sample(server_time, welcomed));
+        let outbox = sample.into_iter().chain(worker.revert.iter().map(reverted)).collect();
         Ok(Self {
             worker,
             outbound: Some(outbound),
@@ -283,6 +285,15 @@ fn request(message: connect_request::Message) -> pb::ConnectRequest {
 
 fn call_error(status: Status) -> LinkError {
     LinkError::Call(Box::new(status))
+}
+
+/// Lets the gateway compare the clocks; what is between now and the sending counts as the network's delay.
+fn clock_sample(server_time: prost_types::Timestamp, welcomed: Timestamp) -> connect_request::Message {
+    connect_request::Message::ClockSample(pb::ClockSample {
+        server_time: Some(server_time),
+        receive_time: Some(welcomed.to_proto()),
+        send_time: Some(Timestamp::now().to_proto()),
+    })
 }
 
 fn reverted(revert: &Revert) -> connect_request::Message {
