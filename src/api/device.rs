@@ -4,7 +4,7 @@ use super::parse;
 use crate::{
     auth::{Authenticator, Caller},
     error::{Error, Failure, Violations},
-    fleet::{ClockOffset, Device, Registry},
+    fleet::{Device, Registry},
     live::Latest,
     model::{
         DeviceId, Labels, Timestamp, ValueKind,
@@ -61,14 +61,14 @@ impl DeviceService for DeviceApi {
             }
             created => created,
         }?;
-        Ok(Response::new(pb::CreateDeviceResponse { device: Some(encode_device(created.row(), None, None)) }))
+        Ok(Response::new(pb::CreateDeviceResponse { device: Some(encode_device(created.row(), Some(&created), None)) }))
     }
 
     async fn get_device(&self, request: Request<pb::GetDeviceRequest>) -> Result<Response<pb::GetDeviceResponse>, Status> {
         let caller = Caller::of(request.extensions());
         let device = self.find(&caller, &request.into_inner().device).await?;
         let last_receive_time = self.store.last_receive_time(device.key).await.map_err(Failure::from)?;
-        Ok(Response::new(pb::GetDeviceResponse { device: Some(encode_device(device.row(), device.clock.offset(), last_receive_time)) }))
+        Ok(Response::new(pb::GetDeviceResponse { device: Some(encode_device(device.row(), Some(&device), last_receive_time)) }))
     }
 
     async fn list_devices(&self, request: Request<pb::ListDevicesRequest>) -> Result<Response<pb::ListDevicesResponse>, Status> {
@@ -87,8 +87,8 @@ impl DeviceService for DeviceApi {
                 break;
             }
             let last_receive_time = self.store.last_receive_time(row.key).await.map_err(Failure::from)?;
-            let clock = self.registry.loaded(row.key).and_then(|device| device.clock.offset());
-            let device = encode_device(row, clock, last_receive_time);
+            let loaded = self.registry.loaded(row.key);
+            let device = encode_device(row, loaded.as_deref(), last_receive_time);
             bytes += device.encoded_len();
             devices.push(device);
         }
@@ -126,7 +126,7 @@ impl DeviceService for DeviceApi {
         });
         let row = updated.await?;
         let last_receive_time = self.store.last_receive_time(device.key).await.map_err(Failure::from)?;
-        Ok(Response::new(pb::UpdateDeviceResponse { device: Some(encode_device(row, device.clock.offset(), last_receive_time)) }))
+        Ok(Response::new(pb::UpdateDeviceResponse { device: Some(encode_device(row, Some(&device), last_receive_time)) }))
     }
 
     async fn delete_device(&self, request: Request<pb::DeleteDeviceRequest>) -> Result<Response<pb::DeleteDeviceResponse>, Status> {
@@ -238,7 +238,10 @@ fn parse_etag(violations: &mut Violations, field: &str, etag: &str) -> Option<i6
     violations.check(field, etag.parse().map_err(|_| "this is not an etag that the gateway gave".to_owned()))
 }
 
-fn encode_device(row: DeviceRow, clock: Option<ClockOffset>, last_receive_time: Option<Timestamp>) -> pb::Device {
+/// `loaded` is what this gateway knows of the device besides what is stored.
+fn encode_device(row: DeviceRow, loaded: Option<&Device>, last_receive_time: Option<Timestamp>) -> pb::Device {
+    let clock = loaded.and_then(|device| device.clock.offset());
+    let last_seen_time = loaded.and_then(Device::last_seen).max(last_receive_time);
     pb::Device {
         id: row.id.to_string(),
         labels: row.labels.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
@@ -247,6 +250,7 @@ fn encode_device(row: DeviceRow, clock: Option<ClockOffset>, last_receive_time: 
         update_time: Some(row.update_time.to_proto()),
         last_receive_time: last_receive_time.map(Timestamp::to_proto),
         etag: row.revision.to_string(),
+        last_seen_time: last_seen_time.map(Timestamp::to_proto),
         clock_offset: clock.map(|clock| pb::ClockOffset {
             offset: Some(duration_to_proto(clock.micros)),
             uncertainty: clock.uncertainty_micros.map(duration_to_proto),

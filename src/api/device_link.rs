@@ -105,6 +105,7 @@ impl<'a> Link<'a> {
         let device = device.ok_or(Error::Internal)?;
         caller.may_act_as(&device)?;
         let device = api.registry.get_or_register(&device).await?;
+        device.see(Timestamp::now());
         let last_durable_sequence = match stream_id {
             Some(stream_id) => api.store.last_sequence(device.key, stream_id).await.map_err(Failure::from)?,
             None => 0,

@@ -7,7 +7,7 @@ use crate::{
     fleet::{Device, Registry},
     ingest::{Envelope, Ingest, Lane, Outcome, Reply, Run, SEQUENCE_MAX},
     middleware::Draining,
-    model::{BatchReject, DeviceId, StreamId, batch::RejectReason},
+    model::{BatchReject, DeviceId, StreamId, Timestamp, batch::RejectReason},
     pb::{self, telemetry_service_server::TelemetryService},
     store::Store,
 };
@@ -45,6 +45,7 @@ impl TelemetryService for TelemetryApi {
         let (device, stream_id) = parse_first(&first)?;
         caller.may_act_as(&device)?;
         let device = self.registry.get_or_register(&device).await?;
+        device.see(Timestamp::now());
         let mut upload = Upload { device, stream_id, lane: Lane::default(), last: 0, summary: Summary::default() };
         let mut pending = FuturesOrdered::new();
         let (mut next, mut open, mut unacknowledged) = (Some(envelope(first)), true, 0);

@@ -158,6 +158,7 @@ pub fn device_json(device: &pb::Device) -> serde_json::Value {
         "create_time": proto_time(device.create_time.as_ref()),
         "update_time": proto_time(device.update_time.as_ref()),
         "last_receive_time": device.last_receive_time.as_ref().map(|time| proto_time(Some(time))),
+        "last_seen_time": device.last_seen_time.as_ref().map(|time| proto_time(Some(time))),
         "etag": device.etag,
         "clock_offset": device.clock_offset.as_ref().map(|clock| json!({
             "offset_seconds": clock.offset.as_ref().map(seconds),

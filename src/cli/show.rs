@@ -88,6 +88,7 @@ impl Shown {
             ("labels", labels_text(device)),
             ("registered", proto_time(device.create_time.as_ref())),
             ("last received", proto_time(device.last_receive_time.as_ref())),
+            ("last seen", proto_time(device.last_seen_time.as_ref())),
             ("clock", device.clock_offset.as_ref().map(clock_line).unwrap_or_default()),
             ("configuration", config.as_ref().map(config_line).unwrap_or_else(|| "none".to_owned())),
         ] {

@@ -17,7 +17,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     sync::{
         Arc,
-        atomic::{AtomicU8, AtomicUsize, Ordering},
+        atomic::{AtomicI64, AtomicU8, AtomicUsize, Ordering},
     },
 };
 use tokio::sync::{OnceCell, watch};
@@ -53,12 +53,17 @@ pub struct Device {
     pub id: DeviceId,
     /// What is known of its clock.
     pub clock: DeviceClock,
+    // In microseconds, `NEVER` before it is seen. Not in the store: a write for each sign of life would cost more than it tells.
+    seen: AtomicI64,
     row: RwLock<DeviceRow>,
     // Replaced as a whole when a sensor comes or changes, so that the hot path holds no lock while it looks.
     sensors: RwLock<Arc<Sensors>>,
     standing: AtomicU8,
     config_poke: watch::Sender<()>,
 }
+
+// What a device's `seen` is before this process has seen it.
+const NEVER: i64 = i64::MIN;
 
 // What a device's `standing` is.
 const REGISTERED: u8 = 0;
@@ -71,6 +76,7 @@ impl Device {
             key: row.key,
             id: row.id.clone(),
             clock: DeviceClock::default(),
+            seen: AtomicI64::new(NEVER),
             row: RwLock::new(row),
             sensors: RwLock::new(Arc::new(Sensors::default().with(sensors))),
             standing: AtomicU8::new(REGISTERED),
@@ -81,6 +87,16 @@ impl Device {
     /// What the store holds of it.
     pub fn row(&self) -> DeviceRow {
         self.row.read().clone()
+    }
+
+    /// Notes that it was heard of; an older time than is known changes nothing.
+    pub fn see(&self, time: Timestamp) {
+        self.seen.fetch_max(time.micros(), Ordering::Relaxed);
+    }
+
+    /// When it was last heard of since this process began; `None` when it was not.
+    pub fn last_seen(&self) -> Option<Timestamp> {
+        Some(self.seen.load(Ordering::Relaxed)).filter(|micros| *micros != NEVER).and_then(Timestamp::from_micros)
     }
 
     /// Whether its labels match.

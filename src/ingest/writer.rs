@@ -355,6 +355,7 @@ impl Writer {
         let mut tail = Vec::with_capacity(rows.len());
         let (mut runs, mut replies) = (Vec::with_capacity(waiting.len()), Vec::with_capacity(waiting.len()));
         for Submitted { run, reply, .. } in waiting {
+            run.device.see(run.receive_time);
             if let Some(lead) = run.lead(self.time_skew_max) {
                 self.clocks.see(&run.device, lead, run.receive_time);
             }

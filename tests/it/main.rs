@@ -33,6 +33,7 @@ mod postgres;
 mod postgres_failure;
 mod python;
 mod readme;
+mod seen;
 mod sizes;
 #[cfg(target_os = "linux")]
 mod slow;
