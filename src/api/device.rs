@@ -16,7 +16,7 @@ use crate::{
     store::{Count, DeviceRow, SensorRow, Store},
 };
 use prost::Message;
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use tokio::sync::Notify;
 use tonic::{Request, Response, Status};
 
@@ -38,6 +38,8 @@ pub struct DeviceApi {
     pub auth: Authenticator,
     /// How many sensors a device may have.
     pub sensors_max: usize,
+    /// How long nothing may be heard of a device before it is silent.
+    pub silent_after: Duration,
 }
 
 #[tonic::async_trait]
@@ -81,6 +83,9 @@ impl DeviceService for DeviceApi {
         violations.into_result()?;
         let (rows, mut more) = self.registry.list(&selector, &after, page_size).await.map_err(Failure::from)?;
         let (mut devices, mut bytes) = (Vec::with_capacity(rows.len()), 0);
+        // Where the next page begins: behind the last that was looked at, also when it is not listed.
+        let mut last = None;
+        let silent_since = Timestamp::now().saturating_sub(self.silent_after);
         for row in rows {
             if bytes >= pb::MESSAGE_BYTES {
                 more = true;
@@ -88,11 +93,15 @@ impl DeviceService for DeviceApi {
             }
             let last_receive_time = self.store.last_receive_time(row.key).await.map_err(Failure::from)?;
             let loaded = self.registry.loaded(row.key);
+            last = Some(row.id.clone());
+            if request.silent && last_seen(loaded.as_deref(), last_receive_time).unwrap_or(row.create_time) >= silent_since {
+                continue;
+            }
             let device = encode_device(row, loaded.as_deref(), last_receive_time);
             bytes += device.encoded_len();
             devices.push(device);
         }
-        let next_page_token = devices.last().filter(|_| more).map(|device| parse::next_page_token(&device.id)).unwrap_or_default();
+        let next_page_token = last.filter(|_| more).map(|id| parse::next_page_token(id.as_str())).unwrap_or_default();
         Ok(Response::new(pb::ListDevicesResponse { devices, next_page_token }))
     }
 
@@ -238,10 +247,14 @@ fn parse_etag(violations: &mut Violations, field: &str, etag: &str) -> Option<i6
     violations.check(field, etag.parse().map_err(|_| "this is not an etag that the gateway gave".to_owned()))
 }
 
+/// When the device was last heard of, as far as this gateway and the store know.
+fn last_seen(loaded: Option<&Device>, last_receive_time: Option<Timestamp>) -> Option<Timestamp> {
+    loaded.and_then(Device::last_seen).max(last_receive_time)
+}
+
 /// `loaded` is what this gateway knows of the device besides what is stored.
 fn encode_device(row: DeviceRow, loaded: Option<&Device>, last_receive_time: Option<Timestamp>) -> pb::Device {
     let clock = loaded.and_then(|device| device.clock.offset());
-    let last_seen_time = loaded.and_then(Device::last_seen).max(last_receive_time);
     pb::Device {
         id: row.id.to_string(),
         labels: row.labels.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
@@ -250,7 +263,7 @@ fn encode_device(row: DeviceRow, loaded: Option<&Device>, last_receive_time: Opt
         update_time: Some(row.update_time.to_proto()),
         last_receive_time: last_receive_time.map(Timestamp::to_proto),
         etag: row.revision.to_string(),
-        last_seen_time: last_seen_time.map(Timestamp::to_proto),
+        last_seen_time: last_seen(loaded, last_receive_time).map(Timestamp::to_proto),
         clock_offset: clock.map(|clock| pb::ClockOffset {
             offset: Some(duration_to_proto(clock.micros)),
             uncertainty: clock.uncertainty_micros.map(duration_to_proto),

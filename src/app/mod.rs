@@ -379,6 +379,7 @@ impl Services<'_> {
             purge: purge.clone(),
             auth: doors.auth.clone(),
             sensors_max: config.devices.sensors_max,
+            silent_after: config.devices.silent_after,
         };
         let audit = doors.audit.clone();
         let config_api = ConfigApi { registry: registry.clone(), configs: configs.clone(), store: store.clone(), audit: audit.clone() };

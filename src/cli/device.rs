@@ -52,6 +52,9 @@ pub struct ListArgs {
     /// Only devices whose labels match, such as 'site=berlin,!retired'.
     #[arg(long, value_name = "SELECTOR", default_value = "", hide_default_value = true, value_parser = parse::selector)]
     selector: String,
+    /// Only devices of which nothing was heard for the gateway's setting devices.silent_after.
+    #[arg(long)]
+    silent: bool,
     /// One JSON object a line.
     #[arg(long)]
     json: bool,
@@ -110,7 +113,7 @@ async fn create(args: CreateArgs, out: &mut dyn Write) -> Result<(), Failure> {
 
 async fn list(args: ListArgs, out: &mut dyn Write) -> Result<(), Failure> {
     let mut service = DeviceServiceClient::new(args.client.connect().await?);
-    let mut request = pb::ListDevicesRequest { label_selector: args.selector, page_size: 1_000, page_token: String::new() };
+    let mut request = pb::ListDevicesRequest { label_selector: args.selector, page_size: 1_000, silent: args.silent, ..Default::default() };
     let mut headings = true;
     loop {
         let page = args.client.answer(service.list_devices(args.client.request(request.clone()))).await?;

@@ -128,7 +128,7 @@ pub async fn run(args: LedgerArgs, out: &mut dyn Write) -> Result<(), Failure> {
     let mut service = DeviceServiceClient::new(client.connect().await?);
     let mut table = Table::new(&["DEVICE", "RECEIVED", "STORED", "DUPLICATE", "REJECTED", "LOST", "WHY REJECTED"]);
     let (mut total, mut devices) = (Account::default(), 0_u64);
-    let mut list = pb::ListDevicesRequest { label_selector: selector, page_size: PAGE_SIZE, page_token: String::new() };
+    let mut list = pb::ListDevicesRequest { label_selector: selector, page_size: PAGE_SIZE, ..Default::default() };
     loop {
         let (ids, next) = match &device {
             Some(id) => (vec![id.clone()], String::new()),

@@ -155,6 +155,8 @@ pub struct Devices {
     pub reconcile_interval: Duration,
     #[serde(with = "duration")]
     pub clock_offset_max: Duration,
+    #[serde(with = "duration")]
+    pub silent_after: Duration,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -282,6 +284,7 @@ impl Default for Config {
                 config_bytes_max: 64 << 10,
                 reconcile_interval: Duration::from_secs(30),
                 clock_offset_max: Duration::from_secs(60),
+                silent_after: Duration::from_secs(600),
             },
             live: Live { tail_bytes_max: 16 * MIB, replay_window: Duration::from_secs(3600), replay_bytes_max: 64 * MIB },
             history: History {

@@ -338,6 +338,11 @@ pub static SETTINGS: &[Setting] = &[
         "How far a device's clock may be from the gateway's before it is logged and counted as off. 0s: any offset.",
     ),
     setting(
+        "devices.silent_after",
+        seconds(1..=365 * DAY),
+        "How long nothing may be heard of a device before it is listed as silent; more than the longest sleep of the devices.",
+    ),
+    setting(
         "live.tail_bytes_max",
         Allowed::Bytes(64 * KIB..=16 * GIB),
         "How much of the log's end is kept in memory for followers; slower ones read the database.",

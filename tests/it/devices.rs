@@ -42,7 +42,7 @@ async fn devices_are_created_read_changed_and_listed_in_pages(on: Database) {
     let mut seen = Vec::new();
     let mut page_token = String::new();
     loop {
-        let request = pb::ListDevicesRequest { label_selector: "site=berlin".into(), page_size: 5, page_token };
+        let request = pb::ListDevicesRequest { label_selector: "site=berlin".into(), page_size: 5, page_token, ..Default::default() };
         let page = client.list_devices(request).await.expect("listed").into_inner();
         assert!(page.devices.len() <= 5);
         seen.extend(page.devices.into_iter().map(|device| device.id));
