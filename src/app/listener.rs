@@ -18,8 +18,11 @@ use http::{Request, Response};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use metrics::{Counter, Gauge};
+use parking_lot::Mutex;
 use std::{
+    collections::VecDeque,
     convert::Infallible,
+    future::poll_fn,
     io,
     net::SocketAddr,
     ops::Range,
@@ -32,6 +35,7 @@ use std::{
 };
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
+    runtime::Handle,
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{self, Instant},
 };
@@ -297,6 +301,49 @@ impl Secured {
 struct Calls {
     begun: AtomicUsize,
     open: AtomicUsize,
+    beginnings: Mutex<Beginnings>,
+}
+
+/// A connection's calls begin one after the other: one that begins hundreds at once gets no more turns than those with a single call,
+/// which would else wait behind all of them.
+#[derive(Default)]
+struct Beginnings {
+    under_way: bool,
+    waiting: VecDeque<Box<dyn FnOnce() + Send>>,
+}
+
+/// A call that begins, until it was polled once.
+struct Beginning(Arc<Calls>);
+
+impl Beginning {
+    /// Runs `begin` with it, now or when those before it have begun.
+    fn of(calls: &Arc<Calls>, begin: impl FnOnce(Self) + Send + 'static) {
+        let beginning = Self(calls.clone());
+        let mut beginnings = calls.beginnings.lock();
+        if !beginnings.under_way {
+            beginnings.under_way = true;
+            drop(beginnings);
+            return begin(beginning);
+        }
+        beginnings.waiting.push_back(Box::new(move || begin(beginning)));
+    }
+}
+
+impl Drop for Beginning {
+    fn drop(&mut self) {
+        let mut beginnings = self.0.beginnings.lock();
+        let next = beginnings.waiting.pop_front();
+        beginnings.under_way = next.is_some();
+        if beginnings.waiting.is_empty() {
+            // Most connections never have any.
+            beginnings.waiting = VecDeque::new();
+        }
+        drop(beginnings);
+        // Without a runtime, which is ending then, those behind it go as it does.
+        if let Some(begin) = next.filter(|_| Handle::try_current().is_ok()) {
+            begin();
+        }
+    }
 }
 
 /// Spawns hyper's tasks, one for each call, where they can be waited for.
@@ -316,9 +363,18 @@ where
         self.calls.begun.fetch_add(1, Relaxed);
         let open = OpenCall::new(self.calls.clone());
         let call = CallTask::new(serving, self.unread_timeout, self.unread.clone());
-        self.tasks.spawn(async move {
-            let _open = open;
-            call.await;
+        let tasks = self.tasks.clone();
+        Beginning::of(&self.calls, move |beginning| {
+            tasks.spawn(async move {
+                let _open = open;
+                let (mut call, mut beginning) = (pin!(call), Some(beginning));
+                poll_fn(|cx| {
+                    let polled = call.as_mut().poll(cx);
+                    beginning.take();
+                    polled
+                })
+                .await;
+            });
         });
     }
 }
