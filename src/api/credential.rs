@@ -4,7 +4,7 @@ use super::parse;
 use crate::{
     auth::{Caller, Directory, Issue, Principal},
     error::{Error, Failure, Violations},
-    fleet::{Device, Registry},
+    fleet::{Device, Registry, to_the_end},
     model::{DeviceId, Labels, Timestamp},
     pb::{self, credential_service_server::CredentialService},
     store::{CredentialKind, CredentialRow},
@@ -16,7 +16,8 @@ const USES_MAX: i64 = 1_000_000;
 /// How long an enrolment key may be good: it lies about in many places.
 const ENROLMENT_KEY_AGE_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
 
-/// See the module.
+/// See the module. Cheap to clone.
+#[derive(Clone)]
 pub struct CredentialApi {
     /// The devices.
     pub registry: Registry,
@@ -115,19 +116,23 @@ impl CredentialService for CredentialApi {
         parse::description(&mut violations, "display_name", &display_name);
         violations.into_result()?;
         let Principal::Enrolment { key, labels } = &caller.grant.principal else { return Err(Error::PermissionDenied.into()) };
-        self.directory.use_enrolment_key(key).await?;
-        let enrolled = self.enrol_as(&id.ok_or(Error::Internal)?, labels.clone(), &display_name, key).await;
-        if enrolled.is_err() {
-            self.directory.give_back_enrolment_key(key).await.map_err(Failure::from)?;
-        }
-        let (row, token) = enrolled?;
+        let (api, key, labels, id) = (self.clone(), key.clone(), labels.clone(), id.ok_or(Error::Internal)?);
+        // A device without its token could not enrol again.
+        let (row, token) = to_the_end(async move { api.enrol_as(&id, labels, &display_name, &key).await }).await?;
         Ok(Response::new(pb::EnrolResponse { credential: Some(encode_credential(row)), token }))
     }
 }
 
 impl CredentialApi {
     async fn enrol_as(&self, id: &DeviceId, labels: Labels, name: &str, key: &str) -> Result<(CredentialRow, String), Failure> {
-        let device = self.registry.create(id, labels, name).await?;
+        self.directory.use_enrolment_key(key).await?;
+        let device = match self.registry.create(id, labels, name).await {
+            Ok(device) => device,
+            Err(failure) => {
+                self.directory.give_back_enrolment_key(key).await?;
+                return Err(failure);
+            }
+        };
         tracing::info!(device = %id, key, "device.enrolled");
         self.issue_for(&device, format!("enrolled with {key}"), None).await
     }

@@ -8,14 +8,15 @@ use super::{
     driven::Outbound,
 };
 use crate::{
-    auth::{Caller, Role},
+    auth::{Caller, PendingEntry, Role},
     error::{Error, Failure, Reason},
     fleet::{ConfigChange, Device, configs::etag},
-    middleware::{RequestId, code_name},
+    middleware::RequestId,
     model::{DeviceId, LabelSelector, Labels, Timestamp},
     pb::{self, configure_request, configure_response},
     store::{AuditRow, ConfigOutcome, ConfigRevisionRow, ConfigStateRow, DeviceKey},
 };
+use parking_lot::Mutex;
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
@@ -101,15 +102,19 @@ impl Desk {
         let allowed = self.call.caller.needs(Role::Operator);
         match allowed.and_then(|()| parse_set(set)) {
             Ok((Target::Device(id), change)) => {
-                let code = self.set_one(&id, change, &mut done).await?;
-                self.note(format!("devices/{id}"), code).await;
+                let note = self.note(format!("devices/{id}"));
+                let result = self.set_one(&id, change, &mut done).await;
+                write(note, result.as_ref().map_or_else(Status::code, |code| *code)).await;
+                result?;
             }
             Ok((Target::Matching(selector), change)) => {
-                self.set_matching(&selector, &change, &mut done).await?;
-                self.note(format!("devices?{selector}"), Code::Ok).await;
+                let note = self.note(format!("devices?{selector}"));
+                let result = self.set_matching(&selector, &change, &mut done).await;
+                write(note, result.as_ref().map_or_else(Status::code, |()| Code::Ok)).await;
+                result?;
             }
             Err(error) => {
-                self.note(String::new(), error.reason().code()).await;
+                write(self.note(String::new()), error.reason().code()).await;
                 self.refuse(&done.request_id, "", error).await?;
             }
         }
@@ -117,11 +122,11 @@ impl Desk {
         Ok(())
     }
 
-    /// Notes what was asked to be set, and what became of it.
-    async fn note(&self, resource: String, code: Code) {
+    /// The entry of what was asked to be set, if there is to be one: also when the operator leaves while it is set or told.
+    fn note(&self, resource: String) -> Option<PendingEntry> {
         let Call { caller, peer, request_id } = &self.call;
         if !self.api.audit.notes(caller) {
-            return;
+            return None;
         }
         let row = AuditRow {
             key: 0,
@@ -129,12 +134,12 @@ impl Desk {
             actor: caller.grant.actor(),
             credential: caller.grant.credential.clone(),
             method: "tidegate.v1.ConfigService/Configure".to_owned(),
-            resource,
-            outcome: code_name(code).to_owned(),
+            resource: String::new(),
+            outcome: String::new(),
             peer: peer.clone(),
             request_id: request_id.clone(),
         };
-        self.api.audit.note(row).await;
+        Some(PendingEntry::new(self.api.audit.clone(), row, Arc::new(Mutex::new(resource))))
     }
 
     async fn set_matching(&mut self, selector: &LabelSelector, change: &ConfigChange, done: &mut pb::SetConfigDone) -> Result<(), Status> {
@@ -213,7 +218,7 @@ impl Desk {
 
     async fn show_news_of(&mut self, key: DeviceKey) -> Result<(), Status> {
         match self.api.registry.by_key(key).await.map_err(Failure::from)? {
-            Some(device) if self.watching.includes(key, &device.row().labels) => self.show_news(key, &device.id).await,
+            Some(device) if self.sees(key, &device.row().labels) => self.show_news(key, &device.id).await,
             _ => Ok(()),
         }
     }
@@ -223,12 +228,17 @@ impl Desk {
         self.look_at(&LabelSelector::default(), Look::News).await
     }
 
+    /// Whether a device is watched, and still one that the operator may see.
+    fn sees(&self, key: DeviceKey, labels: &Labels) -> bool {
+        self.watching.includes(key, labels) && self.call.caller.scope().matches(labels)
+    }
+
     /// Looks at the watched devices among those that match.
     async fn look_at(&mut self, selector: &LabelSelector, look: Look) -> Result<(), Status> {
         let mut after = String::new();
         loop {
             let (rows, more) = self.api.registry.list(selector, &after, DEVICES_PER_READ).await.map_err(Failure::from)?;
-            for row in rows.iter().filter(|row| self.watching.includes(row.key, &row.labels)).collect::<Vec<_>>() {
+            for row in rows.iter().filter(|row| self.sees(row.key, &row.labels)).collect::<Vec<_>>() {
                 self.may_go_on()?;
                 match look {
                     Look::News => self.show_news(row.key, &row.id).await?,
@@ -323,6 +333,14 @@ impl Desk {
 
     async fn send(&self, message: configure_response::Message) {
         self.outbound.send(pb::ConfigureResponse { message: Some(message) }).await;
+    }
+}
+
+/// Writes an entry, which is there before the answer.
+async fn write(note: Option<PendingEntry>, code: Code) {
+    if let Some(written) = note.and_then(|mut note| note.write(code)) {
+        // A panic of it was told by the runtime; the operator is answered all the same.
+        let _ = written.await;
     }
 }
 

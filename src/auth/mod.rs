@@ -14,7 +14,7 @@ pub mod policy;
 mod principal;
 mod token;
 
-pub use audit::AuditLog;
+pub use audit::{AuditLog, PendingEntry};
 pub use authenticator::{Authenticator, Identity};
 pub use directory::{Directory, Issue};
 pub use policy::{Access, Rule};

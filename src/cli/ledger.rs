@@ -7,6 +7,7 @@ use super::{
     print::{Table, shown},
 };
 use crate::{
+    error::{Reason, StatusFacts},
     model::batch::reason_name,
     pb::{self, device_service_client::DeviceServiceClient},
 };
@@ -139,7 +140,15 @@ pub async fn run(args: LedgerArgs, out: &mut dyn Write) -> Result<(), Failure> {
         };
         for id in ids {
             let request = client.request(pb::GetLedgerRequest { device: id.clone() });
-            let account = Account::of(&client.answer(service.get_ledger(request)).await?.ledger.unwrap_or_default());
+            let ledger = match client.answer(service.get_ledger(request)).await {
+                Ok(answer) => answer.ledger.unwrap_or_default(),
+                // Deleted since it was listed.
+                Err(Failure::Call(status)) if device.is_none() && StatusFacts::of(&status).reason() == Reason::DeviceNotFound.as_str() => {
+                    continue;
+                }
+                Err(failure) => return Err(failure),
+            };
+            let account = Account::of(&ledger);
             match json {
                 true => writeln!(out, "{}", account.json(Some(&id)))?,
                 false => table.row(account.row(&shown(&id))),

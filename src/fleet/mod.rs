@@ -16,7 +16,7 @@ use tokio::task::JoinError;
 
 /// Runs `work` to its end, also when the caller goes away: a call may be cancelled at any moment, but what is known in memory,
 /// and what those who watch are told, must follow what was committed. A panic goes on in the caller.
-async fn to_the_end<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+pub(crate) async fn to_the_end<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
     match tokio::spawn(tracing::Instrument::in_current_span(work)).await.map_err(JoinError::try_into_panic) {
         Ok(done) => done,
         Err(Ok(panic)) => resume_unwind(panic),

@@ -2,15 +2,9 @@
 //!
 //! A call that is noted is answered when its note is in the store; one that its client gives up is noted as CANCELLED.
 
-use super::{
-    authenticate::Refusals,
-    body::GuardedBody,
-    method::Method,
-    request_id::RequestId,
-    status::{code_in, code_name},
-};
+use super::{authenticate::Refusals, body::GuardedBody, method::Method, request_id::RequestId, status::code_in};
 use crate::{
-    auth::{AuditLog, Caller, Rule},
+    auth::{AuditLog, Caller, PendingEntry, Rule},
     error::Error,
     model::Timestamp,
     store::AuditRow,
@@ -24,7 +18,7 @@ use std::{
     sync::Arc,
     task::{Context, Poll, ready},
 };
-use tokio::{runtime::Handle, task::JoinHandle};
+use tokio::task::JoinHandle;
 use tonic::{Code, Status, transport::server::TcpConnectInfo};
 use tower::{Layer, Service};
 
@@ -76,7 +70,7 @@ where
         let note = (rule.audited && self.layer.audit.notes(&caller)).then(|| {
             let resource = Arc::<Mutex<String>>::default();
             caller.resource = Some(resource.clone());
-            Note { row: Some(row(method, &caller, request.extensions())), resource, audit: self.layer.audit.clone() }
+            PendingEntry::new(self.layer.audit.clone(), row(method, &caller, request.extensions()), resource)
         });
         match rule.access.check(&caller.grant.principal) {
             Ok(()) => {
@@ -108,31 +102,6 @@ fn row(method: &Method, caller: &Caller, extensions: &Extensions) -> AuditRow {
     }
 }
 
-/// What is to be noted of a call.
-struct Note {
-    row: Option<AuditRow>,
-    resource: Arc<Mutex<String>>,
-    audit: AuditLog,
-}
-
-impl Note {
-    /// Notes it on a task of its own, which goes on when the client goes away.
-    fn write(&mut self, code: Code) -> Option<JoinHandle<()>> {
-        let mut row = self.row.take()?;
-        row.time = Timestamp::now();
-        row.resource = std::mem::take(&mut *self.resource.lock());
-        row.outcome = code_name(code).to_owned();
-        let audit = self.audit.clone();
-        Some(Handle::try_current().ok()?.spawn(async move { audit.note(row).await }))
-    }
-}
-
-impl Drop for Note {
-    fn drop(&mut self) {
-        self.write(Code::Cancelled);
-    }
-}
-
 /// [`AuthorizeService`]'s response body.
 pub type AuthorizeBody<B> = GuardedBody<B, ()>;
 
@@ -144,11 +113,11 @@ pin_project_lite::pin_project! {
         Running {
             #[pin]
             inner: F,
-            note: Option<Note>,
+            note: Option<PendingEntry>,
         },
         Refused {
             error: Option<Error>,
-            note: Option<Note>,
+            note: Option<PendingEntry>,
         },
         Noting {
             #[pin]

@@ -188,7 +188,8 @@ where
         }
         if let Some(held) = this.held.as_mut() {
             *this.room = ready!(held.room.poll_acquire_many(cx, held.needed));
-            this.pace.patience.renew_if_unattended();
+            // Which once a message the client had no part in.
+            this.pace.patience.renew();
         }
         Poll::Ready(this.held.take().map(|held| Ok(Frame::data(held.data))))
     }

@@ -6,7 +6,7 @@
 //!
 //! Which tables and columns there are is asked of the target. A table that a later migration adds is copied as well.
 
-use super::{StoreError, postgres, sqlite::SqliteStore};
+use super::{StoreError, postgres, rows::text, sqlite::SqliteStore};
 use crate::config::Storage;
 use futures_util::{Stream, TryStreamExt};
 use sqlx::{
@@ -95,7 +95,9 @@ async fn begin(target: &mut PgConnection) -> Result<(), CopyError> {
     if is_unfinished(target).await? {
         return Ok(());
     }
-    let empty = "SELECT NOT EXISTS (SELECT FROM devices) AND (SELECT position = 0 FROM log_head)";
+    // A gateway that asks for credentials makes an operator when it first begins.
+    let empty = "SELECT NOT EXISTS (SELECT FROM devices) AND NOT EXISTS (SELECT FROM operators) \
+                 AND NOT EXISTS (SELECT FROM credentials) AND (SELECT position = 0 FROM log_head)";
     if !sqlx::query_scalar::<_, bool>(empty).fetch_one(&mut *target).await? {
         return Err(CopyError::NotEmpty);
     }
@@ -284,12 +286,13 @@ impl Table {
         query.fetch(source).and_then(|row| std::future::ready(self.source_row(&row)))
     }
 
+    /// A row as the target will have it: PostgreSQL knows no NUL.
     fn source_row(&self, row: &SqliteRow) -> Result<Vec<Cell>, sqlx::Error> {
         let cell = |(place, column): (usize, &Column)| {
             Ok(match column.kind {
                 Kind::Integer => Cell::Integer(row.try_get(place)?),
                 Kind::Real => Cell::Real(row.try_get::<Option<f64>, _>(place)?.map(f64::to_bits)),
-                Kind::Text => Cell::Text(row.try_get(place)?),
+                Kind::Text => Cell::Text(row.try_get::<Option<String>, _>(place)?.map(|cell| text(&cell).into_owned())),
                 Kind::Bytes => Cell::Bytes(row.try_get(place)?),
             })
         };

@@ -402,9 +402,11 @@ impl WriteTx<'_> {
         /// Adds an entry to the audit log.
         async fn insert_audit(&mut self, row: &AuditRow) -> Result<(), StoreError>;
 
-        /// Deletes the entries of the audit log, and of the list of revocations, that are from before these times. How many entries
-        /// of the audit log that were.
-        async fn forget_identity_before(&mut self, audit: Timestamp, revocations: Timestamp) -> Result<u64, StoreError>;
+        /// Deletes revocations from before a time.
+        async fn forget_revocations_before(&mut self, time: Timestamp) -> Result<(), StoreError>;
+
+        /// Deletes the oldest entries of the audit log, from before a time; at most so many. How many that were.
+        async fn forget_audit_before(&mut self, time: Timestamp, rows_max: usize) -> Result<u64, StoreError>;
 
         /// Notes what a device reported. A report on a revision that was never set is void, as is one on a revision older than
         /// the last reported one, unless it says that the device went back from what it runs with. Whether anything changed.

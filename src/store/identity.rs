@@ -146,6 +146,8 @@ macro_rules! identity_methods {
                 scope: &str,
                 now: Timestamp,
             ) -> Result<Option<OperatorRow>, StoreError> {
+                // First, as where an operator is deleted: two gateways lock in one order.
+                self.tell_owned(CredentialKind::Operator, operator.0, now).await?;
                 let row = sqlx::query("UPDATE operators SET role = $2, scope = $3, update_time = $4 WHERE operator_id = $1 RETURNING *")
                     .bind(operator.0)
                     .bind(role)
@@ -153,7 +155,6 @@ macro_rules! identity_methods {
                     .bind(now.micros())
                     .fetch_optional(&mut self.connection)
                     .await?;
-                self.tell_owned(CredentialKind::Operator, operator.0, now).await?;
                 row.as_ref().map(operator_row).transpose()
             }
 
@@ -187,7 +188,7 @@ macro_rules! identity_methods {
                 self.begin_revoking().await?;
                 let insert = "INSERT INTO revocations (credential, revoke_time) SELECT id, $2 FROM credentials WHERE id = $1";
                 sqlx::query(insert).bind(id).bind(now.micros()).execute(&mut self.connection).await?;
-                let query = sqlx::query("DELETE FROM credentials WHERE id = $1").bind(id);
+                let query = sqlx::query("DELETE FROM credentials WHERE id = $1").bind($crate::store::rows::text(id));
                 let gone = query.execute(&mut self.connection).await?.rows_affected() > 0;
                 self.notify_revoked().await?;
                 Ok(gone)
@@ -250,11 +251,17 @@ macro_rules! identity_methods {
                 Ok(())
             }
 
-            pub async fn forget_identity_before(&mut self, audit: Timestamp, revocations: Timestamp) -> Result<u64, StoreError> {
-                let query = sqlx::query("DELETE FROM revocations WHERE revoke_time < $1").bind(revocations.micros());
+            pub async fn forget_revocations_before(&mut self, time: Timestamp) -> Result<(), StoreError> {
+                let query = sqlx::query("DELETE FROM revocations WHERE revoke_time < $1").bind(time.micros());
                 query.execute(&mut self.connection).await?;
-                let query = sqlx::query("DELETE FROM audit_log WHERE time < $1").bind(audit.micros());
-                Ok(query.execute(&mut self.connection).await?.rows_affected())
+                Ok(())
+            }
+
+            pub async fn forget_audit_before(&mut self, time: Timestamp, rows_max: usize) -> Result<u64, StoreError> {
+                let query = sqlx::query(
+                    "DELETE FROM audit_log WHERE entry_id IN (SELECT entry_id FROM audit_log WHERE time < $1 ORDER BY entry_id LIMIT $2)",
+                );
+                Ok(query.bind(time.micros()).bind(rows_max as i64).execute(&mut self.connection).await?.rows_affected())
             }
         }
 
@@ -265,7 +272,10 @@ macro_rules! identity_methods {
             }
 
             pub async fn operator(&self, name: &str) -> Result<Option<OperatorRow>, StoreError> {
-                let row = sqlx::query("SELECT * FROM operators WHERE name = $1").bind(name).fetch_optional(self.readers()).await?;
+                let row = sqlx::query("SELECT * FROM operators WHERE name = $1")
+                    .bind($crate::store::rows::text(name))
+                    .fetch_optional(self.readers())
+                    .await?;
                 row.as_ref().map(operator_row).transpose()
             }
 
@@ -275,7 +285,9 @@ macro_rules! identity_methods {
             }
 
             pub async fn operators(&self, after: &str, rows_max: usize) -> Result<Vec<OperatorRow>, StoreError> {
-                let query = sqlx::query("SELECT * FROM operators WHERE name > $1 ORDER BY name LIMIT $2").bind(after).bind(rows_max as i64);
+                let query = sqlx::query("SELECT * FROM operators WHERE name > $1 ORDER BY name LIMIT $2")
+                    .bind($crate::store::rows::text(after))
+                    .bind(rows_max as i64);
                 query.fetch_all(self.readers()).await?.iter().map(operator_row).collect()
             }
 
@@ -305,8 +317,8 @@ macro_rules! identity_methods {
                     "SELECT * FROM audit_log WHERE ($1 = '' OR actor = $1) AND ($2 = '' OR resource = $2) \
                      AND time >= $3 AND time < $4 AND entry_id < $5 ORDER BY entry_id DESC LIMIT $6",
                 )
-                .bind(&query.actor)
-                .bind(&query.resource)
+                .bind($crate::store::rows::text(&query.actor))
+                .bind($crate::store::rows::text(&query.resource))
                 .bind(query.start.micros())
                 .bind(query.end.micros())
                 .bind(query.before)

@@ -1,5 +1,12 @@
 //! From a database's rows to the store's types: the same code for both databases, whose row types have no common one.
 
+use std::borrow::Cow;
+
+/// Text as PostgreSQL takes it: it knows no NUL.
+pub(super) fn text(text: &str) -> Cow<'_, str> {
+    if text.contains('\0') { text.replace('\0', "\u{fffd}").into() } else { text.into() }
+}
+
 /// The functions that read rows of type `$row`.
 macro_rules! row_readers {
     ($row:ty, $database:ty) => {

@@ -48,8 +48,8 @@ OUTAGES = NO_GATEWAY | NOT_READY
 class Faults:
     """What goes wrong in the life of containers. Each heals what it broke, and says which of the alerts must have fired."""
 
-    def __init__(self, stack, chance):
-        self.stack, self.chance = stack, chance
+    def __init__(self, stack):
+        self.stack = stack
         self.authority = stack.authority()
 
     def kill_gateway(self):
@@ -102,7 +102,7 @@ class Faults:
 
 def faults(stack, times, chance):
     """Every fault, `times` each, in an order of chance, under a fleet that never stops sending."""
-    injector = Faults(stack, chance)
+    injector = Faults(stack)
     kinds = (injector.kill_gateway, injector.kill_postgres, injector.pause_gateway, injector.pause_postgres)
     todo = [*kinds, injector.disconnect_gateway, injector.restart_everything] * times
     chance.shuffle(todo)

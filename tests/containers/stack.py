@@ -128,7 +128,10 @@ class Stack:
 
     def all_healthy(self, *services):
         for service in services:
-            for container in self.containers(service):
+            containers = self.containers(service)
+            if not containers:
+                raise Failure(f"{service} has no container")
+            for container in containers:
                 eventually(f"{service} is healthy", lambda: self.healthy(container))
 
     def port(self, container, port):

@@ -119,10 +119,10 @@ async fn what_operators_change_is_in_the_audit_log(on: Database) {
     desk.set("r2", device_target("pump-1"), json!({}), "").await;
     assert_eq!(desk.event().await.device, "pump-1");
 
-    let mut operators = OperatorServiceClient::new(root);
-    let mut entries = async |actor: &str| -> Vec<(String, String, String)> {
+    let operators = OperatorServiceClient::new(root);
+    let entries = async |actor: &str| -> Vec<(String, String, String)> {
         let request = pb::ListAuditEntriesRequest { actor: actor.into(), ..Default::default() };
-        let entries = operators.list_audit_entries(request).await.expect("answered").into_inner().entries;
+        let entries = operators.clone().list_audit_entries(request).await.expect("answered").into_inner().entries;
         let short = |method: &str| method.rsplit('/').next().unwrap_or_default().to_owned();
         entries.into_iter().map(|entry| (short(&entry.method), entry.resource, entry.outcome)).collect()
     };
@@ -131,11 +131,11 @@ async fn what_operators_change_is_in_the_audit_log(on: Database) {
     assert_eq!(entries("operators/alice").await, [entry("Configure", "", denied), entry("DeleteDevice", "", denied)]);
     // The desk notes behind its answer.
     let configured = entry("Configure", "devices/pump-1", "OK");
-    let mut found = entries("operators/admin").await;
-    while !found.contains(&configured) {
-        tokio::task::yield_now().await;
-        found = entries("operators/admin").await;
-    }
+    let found = eventually("the desk's note is there", || async {
+        let found = entries("operators/admin").await;
+        found.contains(&configured).then_some(found)
+    })
+    .await;
     let rest: Vec<_> = found.into_iter().filter(|entry| *entry != configured).collect();
     let expected = [
         entry("CreateOperatorToken", "operators/alice", "OK"),

@@ -16,13 +16,13 @@ mod rows;
 
 pub use changes::PostgresChanges;
 
-use super::{Change, Migrated, StoreError};
+use super::{Change, Migrated, StoreError, rows::text};
 use crate::config::Storage;
 use sqlx::{
     Connection, PgConnection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
-use std::{borrow::Cow, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 use tokio::{
     sync::{Mutex, MutexGuard},
     time::timeout,
@@ -214,9 +214,4 @@ where
         Ok(answer) => Ok(answer?),
         Err(_) => Err(StoreError::NoAnswer { seconds: limit.as_secs() }),
     }
-}
-
-/// Text as PostgreSQL takes it: it knows no NUL.
-fn text(text: &str) -> Cow<'_, str> {
-    if text.contains('\0') { text.replace('\0', "\u{fffd}").into() } else { text.into() }
 }

@@ -148,7 +148,8 @@ async fn the_audit_log_is_read_newest_first_and_forgets_what_is_old(database: Da
     assert_eq!(seconds(AuditQuery { resource: "devices/x".into(), ..all.clone() }).await, [2, 1]);
     assert_eq!(seconds(AuditQuery { start: at(2), end: at(3), ..all.clone() }).await, [2], "the start is in the span, the end is not");
     let mut tx = store.begin().await.expect("begun");
-    assert_eq!(tx.forget_identity_before(at(3), at(0)).await.expect("deleted"), 2);
+    assert_eq!(tx.forget_audit_before(at(3), 1).await.expect("deleted"), 1, "a part");
+    assert_eq!(tx.forget_audit_before(at(3), 10).await.expect("deleted"), 1, "the rest");
     tx.commit().await.expect("committed");
     assert_eq!(seconds(all).await, [3]);
     store.close().await;
