@@ -4,7 +4,7 @@
 
 use crate::{
     model::{BatchReject, DeviceId, Position, StreamId, Violation, batch::reason_name},
-    store::StoreError,
+    store::{Count, StoreError},
 };
 use std::time::Duration;
 use tonic::{Code, Status};
@@ -96,6 +96,18 @@ pub enum Error {
         setting: &'static str,
         /// Its value.
         limit: usize,
+    },
+    /// A rate of a device or operator is used up.
+    #[error("{}", rate_limited(setting, *limit, *retry_after, accepted.as_ref()))]
+    RateLimited {
+        /// The setting that holds the rate, and names its unit.
+        setting: &'static str,
+        /// Its value.
+        limit: u64,
+        /// After how long it may be used again.
+        retry_after: Duration,
+        /// What of an upload was stored before.
+        accepted: Option<Count>,
     },
     /// The gateway is being stopped.
     #[error("the gateway is being stopped: connect again, here or to another gateway")]
@@ -204,6 +216,7 @@ pub enum Reason {
     QueryTooLarge,
     StoreUnavailable,
     Overloaded,
+    RateLimited,
     Draining,
     DeadlineExceeded,
     TooSlow,
@@ -223,7 +236,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them, in the order of the documentation.
-    pub const ALL: [Self; 28] = [
+    pub const ALL: [Self; 29] = [
         Self::InvalidArgument,
         Self::DeviceNotFound,
         Self::DeviceExists,
@@ -237,6 +250,7 @@ impl Reason {
         Self::QueryTooLarge,
         Self::StoreUnavailable,
         Self::Overloaded,
+        Self::RateLimited,
         Self::Draining,
         Self::DeadlineExceeded,
         Self::TooSlow,
@@ -270,6 +284,7 @@ impl Reason {
             Self::QueryTooLarge => "QUERY_TOO_LARGE",
             Self::StoreUnavailable => "STORE_UNAVAILABLE",
             Self::Overloaded => "OVERLOADED",
+            Self::RateLimited => "RATE_LIMITED",
             Self::Draining => "DRAINING",
             Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
             Self::TooSlow => "TOO_SLOW",
@@ -304,17 +319,18 @@ impl Reason {
             Self::CredentialMissing | Self::CredentialInvalid | Self::CredentialExpired | Self::CredentialRevoked => Code::Unauthenticated,
             Self::PermissionDenied => Code::PermissionDenied,
             Self::PositionExpired => Code::OutOfRange,
-            Self::QueryTooLarge | Self::Overloaded => Code::ResourceExhausted,
+            Self::QueryTooLarge | Self::Overloaded | Self::RateLimited => Code::ResourceExhausted,
             Self::StoreUnavailable | Self::Draining => Code::Unavailable,
             Self::DeadlineExceeded | Self::TooSlow => Code::DeadlineExceeded,
             Self::Internal => Code::Internal,
         }
     }
 
-    /// How long a client waits before it tries again; `None` where trying the same again does not help.
+    /// How long a client waits at the least before it tries again; `None` where trying the same again does not help.
     pub fn retry_after(self) -> Option<Duration> {
         match self {
             Self::StoreUnavailable | Self::Overloaded => Some(Duration::from_secs(2)),
+            Self::RateLimited => Some(Duration::from_secs(1)),
             Self::Draining => Some(Duration::from_millis(500)),
             _ => None,
         }
@@ -343,6 +359,7 @@ impl Error {
             Self::QueryTooLarge { .. } => Reason::QueryTooLarge,
             Self::StoreUnavailable => Reason::StoreUnavailable,
             Self::Overloaded { .. } => Reason::Overloaded,
+            Self::RateLimited { .. } => Reason::RateLimited,
             Self::Draining => Reason::Draining,
             Self::DeadlineExceeded(_) => Reason::DeadlineExceeded,
             Self::TooSlow { .. } => Reason::TooSlow,
@@ -358,6 +375,15 @@ impl Error {
             Self::DeadLetterNotFound(_) => Reason::DeadLetterNotFound,
             Self::StillRejected { .. } => Reason::StillRejected,
             Self::Internal => Reason::Internal,
+        }
+    }
+
+    /// How long the client waits before it tries again.
+    fn retry_after(&self) -> Option<Duration> {
+        let least = self.reason().retry_after();
+        match self {
+            Self::RateLimited { retry_after, .. } => least.max(Some(*retry_after)),
+            _ => least,
         }
     }
 
@@ -380,6 +406,12 @@ impl Error {
             ],
             Self::QueryTooLarge { setting, limit } | Self::Overloaded { setting, limit } => {
                 vec![("setting", (*setting).to_owned()), ("limit", limit.to_string())]
+            }
+            Self::RateLimited { setting, limit, accepted, .. } => {
+                let rate = [("setting", (*setting).to_owned()), ("limit", limit.to_string())];
+                let accepted = accepted
+                    .map(|count| [("accepted_batches", count.batches.to_string()), ("accepted_readings", count.readings.to_string())]);
+                rate.into_iter().chain(accepted.into_iter().flatten()).collect()
             }
             Self::DeadlineExceeded(deadline) => vec![("deadline_ms", deadline.as_millis().to_string())],
             Self::TooSlow { setting, limit } => vec![("setting", (*setting).to_owned()), ("limit_ms", limit.as_millis().to_string())],
@@ -406,6 +438,12 @@ impl Error {
     }
 }
 
+fn rate_limited(setting: &str, limit: u64, retry_after: Duration, accepted: Option<&Count>) -> String {
+    let stored = accepted.map(|count| format!("; {} batches with {} readings of this call are stored", count.batches, count.readings));
+    let seconds = retry_after.as_secs_f64().ceil().max(1.0);
+    format!("the rate of {limit} ({setting}) is used up: try again in {seconds} s{}", stored.unwrap_or_default())
+}
+
 fn summary(violations: &[Violation]) -> String {
     let shown: Vec<String> = violations.iter().take(3).map(|violation| format!("{}: {}", violation.field, violation.description)).collect();
     let more = violations.len().saturating_sub(shown.len());
@@ -427,7 +465,7 @@ impl From<Error> for Status {
                 details.add_bad_request_violation(&violation.field, &violation.description);
             }
         }
-        if let Some(delay) = reason.retry_after() {
+        if let Some(delay) = error.retry_after() {
             details.set_retry_info(Some(delay));
         }
         Status::with_error_details(reason.code(), error.to_string(), details)

@@ -21,7 +21,7 @@
 //! 2. the device's link in [`api::DeviceLinkApi`] compares desired and known revision, and sends the latest;
 //! 3. the device reports; the report is stored, and the operators who watch see it. [`fleet::reconciler`] repairs lost pokes.
 //!
-//! [`auth`] knows who calls, and who may call what. [`app`] is the one module that knows all others: it builds, runs and drains the
+//! [`auth`] knows who calls, and who may call what; [`limits`] how much. [`app`] is the one module that knows all others: it builds, runs and drains the
 //! gateway. [`client`] is the device's side, [`cli`] the operator's.
 
 /// For all binaries, so that what is measured beside one another differs in nothing else.
@@ -39,6 +39,7 @@ pub mod fleet;
 pub mod history;
 pub mod http;
 pub mod ingest;
+pub mod limits;
 pub mod live;
 pub mod middleware;
 pub mod model;

@@ -12,13 +12,17 @@ use crate::{
     error::{Error, Failure, Violations},
     fleet::{ClockWatch, Configs, Device, Exchange, Registry},
     ingest::{Envelope, Ingest, Lane, Outcome, Reply},
+    limits::OpenCall,
     middleware::Draining,
     model::{DeviceId, StreamId, Timestamp, structs},
     pb::{self, connect_request, connect_response, device_link_service_server::DeviceLinkService},
     store::{ConfigOutcome, ConfigReportRow, ConfigStateRow, Store, StoreError},
 };
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesOrdered};
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -70,6 +74,7 @@ struct Link<'a> {
     known_revision: u64,
     // When the Welcome was sent, until the device has answered with its clock.
     welcomed: Option<(Timestamp, Instant)>,
+    _open: OpenCall,
     outbound: &'a Outbound<pb::ConnectResponse>,
 }
 
@@ -106,6 +111,7 @@ impl<'a> Link<'a> {
         caller.may_act_as(&device)?;
         let device = api.registry.get_or_register(&device).await?;
         device.see(Timestamp::now());
+        let open = api.ingest.open(&device)?;
         let last_durable_sequence = match stream_id {
             Some(stream_id) => api.store.last_sequence(device.key, stream_id).await.map_err(Failure::from)?,
             None => 0,
@@ -124,6 +130,7 @@ impl<'a> Link<'a> {
             gap_told: None,
             known_revision: reported.unwrap_or(0),
             welcomed: Some((server_time, sent)),
+            _open: open,
             outbound,
         };
         let welcome = pb::Welcome { last_durable_sequence, server_time: Some(server_time.to_proto()) };
@@ -131,12 +138,33 @@ impl<'a> Link<'a> {
         Ok(link)
     }
 
+    /// How long a message has to wait, if it has to: a batch of a device that sends more than it may.
+    fn held_back(&self, message: &pb::ConnectRequest) -> Result<Option<Duration>, Error> {
+        match &message.message {
+            Some(connect_request::Message::Batch(_)) => self.api.ingest.held_back(&self.device),
+            _ => Ok(None),
+        }
+    }
+
     async fn serve(mut self, drain: CancellationToken, mut inbound: Streaming<pb::ConnectRequest>) -> Result<(), Status> {
         let mut pokes = self.device.config_pokes();
         Box::pin(self.send_config()).await?;
-        let (mut next, mut open) = (None, true);
+        let (mut next, mut open, mut refused) = (None, true, None);
         while open || next.is_some() || !self.pending.is_empty() {
-            if let Some(message) = next.take() {
+            let held_back = match &next {
+                Some(message) => match self.held_back(message) {
+                    Ok(held_back) => held_back,
+                    Err(error) => {
+                        // What was taken is acknowledged before the refusal.
+                        (refused, next, open) = (Some(error), None, false);
+                        continue;
+                    }
+                },
+                None => None,
+            };
+            if held_back.is_none()
+                && let Some(message) = next.take()
+            {
                 let received;
                 (received, next) = self.receive(message, &mut inbound).await?;
                 // What came in before is handed in all the same.
@@ -144,14 +172,18 @@ impl<'a> Link<'a> {
                 continue;
             }
             tokio::select! {
-                message = inbound.message(), if open && self.unacknowledged < self.api.unacknowledged_max => {
+                message = inbound.message(), if open && next.is_none() && self.unacknowledged < self.api.unacknowledged_max => {
                     next = message?;
                     open = next.is_some();
                 }
                 Some(replies) = self.pending.next() => self.acknowledge(replies).await?,
                 Ok(()) = pokes.changed(), if open => Box::pin(self.send_config()).await?,
-                () = drain.cancelled(), if open => open = false,
+                () = self.api.ingest.wait(held_back) => {}
+                () = drain.cancelled(), if open || next.is_some() => (open, next) = (false, None),
             }
+        }
+        if let Some(refused) = refused {
+            return Err(refused.into());
         }
         if drain.is_cancelled() {
             self.send(connect_response::Message::Draining(pb::Draining {})).await;

@@ -9,7 +9,7 @@ use crate::{
     middleware::Draining,
     model::{BatchReject, DeviceId, StreamId, Timestamp, batch::RejectReason},
     pb::{self, telemetry_service_server::TelemetryService},
-    store::Store,
+    store::{Count, Store},
 };
 use futures_util::{FutureExt, StreamExt, stream::FuturesOrdered};
 use std::{collections::BTreeMap, sync::Arc};
@@ -46,11 +46,26 @@ impl TelemetryService for TelemetryApi {
         caller.may_act_as(&device)?;
         let device = self.registry.get_or_register(&device).await?;
         device.see(Timestamp::now());
+        let _open = self.ingest.open(&device)?;
         let mut upload = Upload { device, stream_id, lane: Lane::default(), last: 0, summary: Summary::default() };
         let mut pending = FuturesOrdered::new();
         let (mut next, mut open, mut unacknowledged) = (Some(envelope(first)), true, 0);
+        let mut refused = None;
         while open || next.is_some() || !pending.is_empty() {
-            if let Some(first) = next.take() {
+            let held_back = match &next {
+                Some(_) => match self.ingest.held_back(&upload.device) {
+                    Ok(held_back) => held_back,
+                    Err(error) => {
+                        // What was taken is committed, and told together with the refusal.
+                        (refused, next, open) = (Some(error), None, false);
+                        continue;
+                    }
+                },
+                None => None,
+            };
+            if held_back.is_none()
+                && let Some(first) = next.take()
+            {
                 let room = self.unacknowledged_max.saturating_sub(unacknowledged);
                 let Gathered { run, left, ended } = upload.gather(&self.ingest, first, room, &mut inbound).await?;
                 let submitted = self.ingest.submit(run).await?;
@@ -62,7 +77,7 @@ impl TelemetryService for TelemetryApi {
                 continue;
             }
             tokio::select! {
-                message = inbound.message(), if open && unacknowledged < self.unacknowledged_max => match message? {
+                message = inbound.message(), if open && next.is_none() && unacknowledged < self.unacknowledged_max => match message? {
                     Some(message) => {
                         upload.check_same(&message)?;
                         next = Some(envelope(message));
@@ -74,11 +89,15 @@ impl TelemetryService for TelemetryApi {
                     unacknowledged -= replies.len();
                     replies.into_iter().try_for_each(|reply| upload.take(reply))?;
                 }
+                () = self.ingest.wait(held_back) => {}
                 // What was taken is committed and told; the device goes on elsewhere.
-                () = drain.cancelled(), if open => open = false,
+                () = drain.cancelled(), if open || next.is_some() => (open, next) = (false, None),
             }
         }
-        Ok(Response::new(upload.summary.into_response(upload.last)))
+        match refused {
+            Some(refused) => Err(refused.after(upload.summary.stored()).into()),
+            None => Ok(Response::new(upload.summary.into_response(upload.last))),
+        }
     }
 
     async fn get_upload_position(
@@ -230,6 +249,10 @@ impl Summary {
         if self.rejected.len() < REJECTED_SHOWN_MAX {
             self.rejected.push(rejected_batch(sequence, reject));
         }
+    }
+
+    fn stored(&self) -> Count {
+        Count { batches: self.accepted.batches, readings: self.accepted.readings }
     }
 
     fn into_response(self, last_durable_sequence: u64) -> pb::UploadResponse {

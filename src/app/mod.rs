@@ -21,6 +21,7 @@ use crate::{
         Ingest,
         writer::{self, Writer},
     },
+    limits::OperatorLimits,
     live::{Latest, Tail, follower::Sources},
     middleware::{CallTracker, Doors, no_layers, stack},
     pb,
@@ -129,7 +130,7 @@ impl Gateway {
         let http = HttpServer::bind(config.http.listen).await.map_err(listen_error("http.listen", config.http.listen))?;
 
         let store = Store::open(&config.storage).await?;
-        let doors = doors(&config, &store).await?;
+        let doors = doors(&config, &store, &metrics).await?;
         let directory = Directory::new(store.clone(), doors.auth.clone());
         if config.auth.mode == AuthMode::Required {
             directory.begin(&config.admin_token_file()).await?;
@@ -334,12 +335,13 @@ async fn ended_by(deadline: Instant, task: &mut JoinHandle<()>) -> bool {
     task.is_finished() || timeout_at(deadline, task).await.is_ok()
 }
 
-async fn doors(config: &Config, store: &Store) -> Result<Doors, StoreError> {
+async fn doors(config: &Config, store: &Store, metrics: &Metrics) -> Result<Doors, StoreError> {
+    let limits = OperatorLimits::new(&config.limits, metrics);
     Ok(match config.auth.mode {
-        AuthMode::Open => Doors { auth: Authenticator::open(), audit: AuditLog::off() },
+        AuthMode::Open => Doors { auth: Authenticator::open(), audit: AuditLog::off(), limits },
         AuthMode::Required => {
             let audit = AuditLog::new(store.clone(), config.auth.audit_age);
-            Doors { auth: Authenticator::required(store.clone()).await?, audit }
+            Doors { auth: Authenticator::required(store.clone()).await?, audit, limits }
         }
     })
 }

@@ -6,6 +6,7 @@
 use super::{Grant, Operator, Presented, Principal, Role};
 use crate::{
     error::{Error, Failure},
+    limits::OperatorUsage,
     model::LabelSelector,
     store::{CredentialKind, CredentialRow, DeviceKey, OperatorKey, Store, StoreError},
     tls::PeerCertificate,
@@ -113,7 +114,13 @@ impl Authenticator {
             let Some(row) = row else { break };
             let Some(principal) = principal(store, &row).await? else { break };
             let revoked = Some(CancellationToken::new());
-            let grant = Arc::new(Grant { principal, credential: row.id.clone(), expire_time: row.expire_time, revoked });
+            let grant = Arc::new(Grant {
+                principal,
+                credential: row.id.clone(),
+                expire_time: row.expire_time,
+                revoked,
+                usage: OperatorUsage::default(),
+            });
             if let Some(grant) = self.learn(generation, Known { kind: row.kind, hash: row.secret_hash, grant }) {
                 return Ok(good(grant)?);
             }

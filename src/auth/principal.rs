@@ -3,6 +3,7 @@
 use crate::{
     error::{Error, Failure},
     fleet::{Device, Registry},
+    limits::OperatorUsage,
     model::{DeviceId, LabelSelector, Labels, Timestamp},
     pb,
     tls::PeerCertificate,
@@ -96,12 +97,14 @@ pub struct Grant {
     pub expire_time: Option<Timestamp>,
     /// Cancelled when it is revoked. `None`: it can't be.
     pub revoked: Option<CancellationToken>,
+    /// What an operator has used with it of what it may do.
+    pub usage: OperatorUsage,
 }
 
 impl Grant {
     /// What needs no credential.
     pub fn without_credential(principal: Principal) -> Self {
-        Self { principal, credential: String::new(), expire_time: None, revoked: None }
+        Self { principal, credential: String::new(), expire_time: None, revoked: None, usage: OperatorUsage::default() }
     }
 
     /// What a client certificate stands for.
@@ -112,6 +115,7 @@ impl Grant {
             credential: String::new(),
             expire_time: Some(peer.expire_time),
             revoked: Some(peer.revoked.clone()),
+            usage: OperatorUsage::default(),
         })
     }
 

@@ -147,6 +147,7 @@ fn hint(reason: Reason) -> Option<&'static str> {
         | Reason::SequenceGap
         | Reason::StoreUnavailable
         | Reason::Overloaded
+        | Reason::RateLimited
         | Reason::Draining
         | Reason::DeadlineExceeded
         | Reason::TooSlow

@@ -36,6 +36,7 @@ pub struct Config {
     pub storage: Storage,
     pub ingest: Ingest,
     pub devices: Devices,
+    pub limits: Limits,
     pub live: Live,
     pub history: History,
     pub query: Query,
@@ -157,6 +158,16 @@ pub struct Devices {
     pub clock_offset_max: Duration,
     #[serde(with = "duration")]
     pub silent_after: Duration,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "SETTINGS documents each")]
+pub struct Limits {
+    pub device_readings_per_second: u64,
+    pub device_bytes_per_second: u64,
+    pub device_calls_max: usize,
+    pub operator_calls_per_second: u64,
+    pub operator_calls_max: usize,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -285,6 +296,13 @@ impl Default for Config {
                 reconcile_interval: Duration::from_secs(30),
                 clock_offset_max: Duration::from_secs(60),
                 silent_after: Duration::from_secs(600),
+            },
+            limits: Limits {
+                device_readings_per_second: 0,
+                device_bytes_per_second: 0,
+                device_calls_max: 0,
+                operator_calls_per_second: 0,
+                operator_calls_max: 0,
             },
             live: Live { tail_bytes_max: 16 * MIB, replay_window: Duration::from_secs(3600), replay_bytes_max: 64 * MIB },
             history: History {

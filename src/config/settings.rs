@@ -343,6 +343,31 @@ pub static SETTINGS: &[Setting] = &[
         "How long nothing may be heard of a device before it is listed as silent; more than the longest sleep of the devices.",
     ),
     setting(
+        "limits.device_readings_per_second",
+        Allowed::Count(0..=1_000_000_000),
+        "How many readings of one device are taken a second, over time; one that sends more is held back, and refused with RATE_LIMITED when it would have to wait for more than 5 s. 0: any number.",
+    ),
+    setting(
+        "limits.device_bytes_per_second",
+        Allowed::Bytes(0..=1024 * GIB),
+        "How many bytes of batches of one device are taken a second, in the same way. 0: any number.",
+    ),
+    setting(
+        "limits.device_calls_max",
+        Allowed::Count(0..=1_000_000),
+        "How many Upload and Connect calls of one device may be open at once; a further one is refused with OVERLOADED. A device whose network broke may have a dead one until keepalive ends it. 0: any number.",
+    ),
+    setting(
+        "limits.operator_calls_per_second",
+        Allowed::Count(0..=1_000_000),
+        "How many calls an operator may begin a second, over time, with one credential; a further one is refused with RATE_LIMITED. 0: any number.",
+    ),
+    setting(
+        "limits.operator_calls_max",
+        Allowed::Count(0..=1_000_000),
+        "How many calls of an operator with one credential may be open at once; a further one is refused with OVERLOADED. 0: any number.",
+    ),
+    setting(
         "live.tail_bytes_max",
         Allowed::Bytes(64 * KIB..=16 * GIB),
         "How much of the log's end is kept in memory for followers; slower ones read the database.",

@@ -5,6 +5,7 @@
 use super::{clock::DeviceClock, sensors::Sensors, to_the_end};
 use crate::{
     error::{Error, Failure},
+    limits::DeviceUsage,
     model::{
         BatchReject, DeviceId, LabelSelector, Labels, Timestamp,
         batch::{RejectReason, SensorUse},
@@ -55,6 +56,8 @@ pub struct Device {
     pub clock: DeviceClock,
     // In microseconds, `NEVER` before it is seen. Not in the store: a write for each sign of life would cost more than it tells.
     seen: AtomicI64,
+    /// What it has used of what it may.
+    pub usage: DeviceUsage,
     row: RwLock<DeviceRow>,
     // Replaced as a whole when a sensor comes or changes, so that the hot path holds no lock while it looks.
     sensors: RwLock<Arc<Sensors>>,
@@ -77,6 +80,7 @@ impl Device {
             id: row.id.clone(),
             clock: DeviceClock::default(),
             seen: AtomicI64::new(NEVER),
+            usage: DeviceUsage::default(),
             row: RwLock::new(row),
             sensors: RwLock::new(Arc::new(Sensors::default().with(sensors))),
             standing: AtomicU8::new(REGISTERED),

@@ -24,12 +24,14 @@ pub use run::{Envelope, Run};
 
 use crate::{
     error::Error,
+    fleet::Device,
+    limits::{DeviceLimits, OpenCall},
     model::{BatchLimits, BatchReject},
     telemetry::Metrics,
 };
 use admission::Admission;
 use bytes::Bytes;
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use tokio::sync::{mpsc, oneshot};
 
 /// The highest sequence: what a signed 64-bit column holds.
@@ -87,6 +89,7 @@ impl Pending {
 #[derive(Clone)]
 pub struct Ingest {
     limits: Arc<BatchLimits>,
+    device_limits: DeviceLimits,
     admission: Admission,
     sender: mpsc::Sender<Submitted>,
     // Whether batches are thrown away instead of being handed to the writer: see `into_null_sink`.
@@ -119,6 +122,27 @@ impl Ingest {
         let bytes = run.take_bytes();
         self.sender.send(Submitted { run, bytes, reply }).await.map_err(|_| Error::Draining)?;
         Ok(Pending { batches, reply: receiver })
+    }
+
+    /// Counts a call by which a device sends batches as open, while there may be one more.
+    pub fn open(&self, device: &Device) -> Result<OpenCall, Error> {
+        self.device_limits.open(&device.usage)
+    }
+
+    /// How long the device's next batch has to wait, if it has to, as it sends more than it may; the error when that would be too long.
+    pub fn held_back(&self, device: &Device) -> Result<Option<Duration>, Error> {
+        self.device_limits.held_back(&device.usage)
+    }
+
+    /// Waits for as long as a batch is held back; for ever when none is.
+    pub async fn wait(&self, held_back: Option<Duration>) {
+        match held_back {
+            Some(held_back) => {
+                self.device_limits.count_held_back();
+                tokio::time::sleep(held_back).await;
+            }
+            None => std::future::pending().await,
+        }
     }
 
     /// How what comes in behind a run, in the same call, is to be admitted.

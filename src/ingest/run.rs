@@ -45,8 +45,8 @@ pub struct Run {
     // What the device had when the run began: a sensor that it has is never taken away.
     sensors: Arc<Sensors>,
     admitted: Permit,
-    // The number of the rejected batch that it is, and the reason: it is judged once more, outside of its stream's order.
-    pub(super) dead_letter: Option<(i64, String)>,
+    // The number of the rejected batch that it is: it is judged once more, outside of its stream's order.
+    pub(super) dead_letter: Option<i64>,
 }
 
 /// A batch of a run.
@@ -86,6 +86,17 @@ impl RunBatch {
 impl Ingest {
     /// Begins a run with its first batch; waits while too many bytes wait for their commit already.
     pub async fn begin(&self, device: &Arc<Device>, stream_id: StreamId, lane: Lane, first: Envelope) -> Result<Run, Error> {
+        self.begin_as(None, device, stream_id, lane, first).await
+    }
+
+    async fn begin_as(
+        &self,
+        dead_letter: Option<i64>,
+        device: &Arc<Device>,
+        stream_id: StreamId,
+        lane: Lane,
+        first: Envelope,
+    ) -> Result<Run, Error> {
         let admitted = self.admission.admit(lane, first.batch.len()).await?;
         let mut run = Run {
             device: device.clone(),
@@ -95,7 +106,7 @@ impl Ingest {
             bytes: Vec::with_capacity(first.batch.len()),
             sensors: device.sensors(),
             admitted,
-            dead_letter: None,
+            dead_letter,
         };
         self.push(&mut run, first);
         Ok(run)
@@ -103,15 +114,17 @@ impl Ingest {
 
     /// Has a batch that was rejected judged once more. Of the outcomes, `Duplicate` says that it is no longer kept.
     pub async fn replay(&self, device: &Arc<Device>, rejected: DeadLetterRow) -> Result<Pending, Error> {
-        let DeadLetterRow { id, stream_id, sequence, reason, batch, .. } = rejected;
-        let mut run = self.begin(device, stream_id, Lane::Live, Envelope { sequence, batch, ..Envelope::default() }).await?;
-        run.dead_letter = Some((id, reason));
+        let DeadLetterRow { id, stream_id, sequence, batch, .. } = rejected;
+        let run = self.begin_as(Some(id), device, stream_id, Lane::Live, Envelope { sequence, batch, ..Envelope::default() }).await?;
         self.submit(run).await
     }
 
     /// Adds a batch to a run, if there is room for it without waiting; else it is given back, for a run of its own.
     pub fn add(&self, run: &mut Run, next: Envelope) -> Result<(), Envelope> {
-        if run.is_full() || !self.admission.admit_with(&mut run.admitted, next.batch.len()) {
+        if run.is_full()
+            || !self.device_limits.are_free(&run.device.usage)
+            || !self.admission.admit_with(&mut run.admitted, next.batch.len())
+        {
             return Err(next);
         }
         self.push(run, next);
@@ -121,6 +134,14 @@ impl Ingest {
     fn push(&self, run: &mut Run, envelope: Envelope) {
         let Envelope { sequence, batch, lost_batches, lost_readings } = envelope;
         let checked = CheckedBatch::check(&batch, &self.limits, run.receive_time, run.sensors.finder());
+        let readings = match &checked {
+            Ok(checked) => u64::from(checked.summary.readings),
+            Err(reject) => reject.readings,
+        };
+        // What is replayed was paid for when it came.
+        if run.dead_letter.is_none() {
+            self.device_limits.spend(&run.device.usage, readings, batch.len());
+        }
         let begin = run.bytes.len();
         run.bytes.extend_from_slice(&batch);
         run.batches.push(RunBatch { sequence, lost_batches, lost_readings, range: begin..run.bytes.len(), checked });
@@ -145,8 +166,12 @@ impl Run {
     }
 
     /// By how many microseconds its newest reading was ahead of the gateway's clock, which mostly is less than 0. Of one that was
-    /// rejected for that, it is known to be more than `time_skew_max`. `None` when nothing tells.
+    /// rejected for that, it is known to be more than `time_skew_max`. `None` when nothing tells, as what
+    /// came in long ago and is replayed now.
     pub(super) fn lead(&self, time_skew_max: Duration) -> Option<i64> {
+        if self.dead_letter.is_some() {
+            return None;
+        }
         let newest = |batch: &RunBatch| match &batch.checked {
             Ok(checked) => Some(checked.summary.last_time),
             Err(reject) if reject.reason == RejectReason::TimeInFuture => Some(self.receive_time.saturating_add(time_skew_max)),

@@ -13,6 +13,7 @@ use crate::{
     config::Config,
     error::Error,
     fleet::{ClockWatch, Device, Registry},
+    limits::DeviceLimits,
     live::{Latest, Publisher, Tail, TailEntry},
     model::{BatchLimits, BatchReject, BatchSummary, CheckedBatch, Position, StreamId, Timestamp, batch::BatchSensors},
     store::{DeviceKey, NewLogRow, NewRejection, SensorRow, Store, StoreError, StreamChange, StreamRow, WriteTx},
@@ -69,7 +70,8 @@ pub fn writer(
 ) -> (Ingest, Writer) {
     let settings = &config.ingest;
     let (sender, receiver) = mpsc::channel(settings.commit_batches_max);
-    let ingest = Ingest { limits: Arc::new(limits(config)), admission: Admission::new(settings), sender, discards: false };
+    let device_limits = DeviceLimits::new(&config.limits, metrics);
+    let ingest = Ingest { limits: Arc::new(limits(config)), device_limits, admission: Admission::new(settings), sender, discards: false };
     let writer = Writer {
         publisher: Arc::new(Publisher::new(store.clone(), registry.clone(), tail, latest.clone())),
         store,
@@ -115,7 +117,7 @@ impl Writer {
         let mut waiting = Vec::new();
         while self.receive(&mut waiting).await {
             let began = Instant::now();
-            match watched(&self.readiness.clone(), self.commit(&waiting)).await {
+            match watched(&self.readiness.clone(), "a commit", self.commit(&waiting)).await {
                 Ok(committed) => {
                     self.metrics.commit_seconds.record(began.elapsed());
                     self.metrics.commit_batches.record(waiting.iter().map(|submitted| submitted.run.len()).sum::<usize>() as f64);
@@ -123,6 +125,7 @@ impl Writer {
                 }
                 Err(error) => {
                     self.refuse(&mut waiting);
+                    self.metrics.commit_failures.increment(1);
                     self.recover(error).await;
                 }
             }
@@ -152,7 +155,7 @@ impl Writer {
 
     /// Finds out whether a database on the network still takes writes, of which a gateway that has nothing to commit would not hear.
     async fn probe(&mut self) {
-        if let Err(error) = watched(&self.readiness.clone(), self.store.probe_write()).await {
+        if let Err(error) = watched(&self.readiness.clone(), "a probe", self.store.probe_write()).await {
             self.recover(error).await;
         }
     }
@@ -259,8 +262,8 @@ impl Writer {
                 unchanged(row)
             }
         };
-        if let Some((id, reason)) = &run.dead_letter {
-            let outcome = self.replay(tx, group, index, run, &mut change, (*id, reason)).await?;
+        if let Some(id) = run.dead_letter {
+            let outcome = self.replay(tx, group, index, run, &mut change, id).await?;
             group.streams.insert(stream, change);
             return Ok(Ok(vec![Reply { sequence: run.batches[0].sequence, outcome, durable_through: change.sequence_after }]));
         }
@@ -296,17 +299,17 @@ impl Writer {
         index: usize,
         run: &Run,
         change: &mut StreamChange,
-        (id, reason): (i64, &str),
+        id: i64,
     ) -> Result<Outcome, StoreError> {
         let batch = &run.batches[0];
         let summary = match self.judge(tx, group, run, batch).await? {
             Ok(summary) => summary,
             Err(reject) => return Ok(Outcome::Rejected(reject)),
         };
-        let Some((_, counted)) = tx.take_dead_letter(run.device.key, id).await? else {
+        let Some((reason, counted)) = tx.take_dead_letter(run.device.key, id).await? else {
             return Ok(Outcome::Duplicate { readings: batch.readings() });
         };
-        tx.uncount_rejected(run.device.key, reason, counted).await?;
+        tx.uncount_rejected(run.device.key, &reason, counted).await?;
         change.stored.add(batch.readings());
         group.add_entry(Entry::new(index, 0, change.key, batch, summary));
         Ok(Outcome::Stored { readings: batch.readings() })
@@ -403,10 +406,9 @@ impl Writer {
 
     /// Waits until the store takes writes again. Everything in memory is forgotten: the store's own state is the truth.
     async fn recover(&mut self, first_error: StoreError) {
-        self.metrics.commit_failures.increment(1);
         self.streams.clear();
         let why = chain(&first_error);
-        tracing::error!(error = %why, "store.commit_failed: no batch is acknowledged until the store takes writes again");
+        tracing::error!(error = %why, "store.takes_no_writes: no batch is acknowledged until the store takes writes again");
         self.readiness.set(COMPONENT, Err(why));
         let mut waiting = Vec::new();
         let mut ticks = tokio::time::interval(RECOVERY_INTERVAL);

@@ -14,6 +14,7 @@ pub mod metrics;
 pub mod pace;
 pub mod panic;
 mod patience;
+pub mod quota;
 pub mod request_id;
 pub mod shed;
 mod stack;

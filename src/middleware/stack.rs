@@ -8,12 +8,14 @@ use super::{
     metrics::MetricsLayer,
     pace::PaceLayer,
     panic::CatchPanicLayer,
+    quota::QuotaLayer,
     request_id::RequestIdLayer,
     shed::ShedLayer,
 };
 use crate::{
     auth::{AuditLog, Authenticator, Caller, Grant, Principal},
     config::Grpc,
+    limits::OperatorLimits,
     telemetry::Metrics,
 };
 use bytes::Bytes;
@@ -30,6 +32,8 @@ pub struct Doors {
     pub auth: Authenticator,
     /// Notes what operators do.
     pub audit: AuditLog,
+    /// How much they may do.
+    pub limits: OperatorLimits,
 }
 
 /// Puts all layers around the services. At a stop `calls` tells when the work is over.
@@ -67,6 +71,8 @@ where
         .layer(AuthenticateLayer::new(doors.auth.clone(), refusals.clone()))
         // Behind that, as it needs to know who calls; around all that could tell whether anything exists.
         .layer(AuthorizeLayer::new(doors.audit.clone(), refusals))
+        // Behind that, so that what it refuses is noted, too.
+        .layer(QuotaLayer::new(doors.limits.clone()))
         // What it ends is the handler's work alone.
         .layer(DeadlineLayer::new(config))
         // Innermost: it tells the handler, which ends its call itself, as it does with everything that is wrong with a request.

@@ -91,6 +91,11 @@ pub const TLS_HANDSHAKES: &str = "tidegate_tls_handshakes_total";
 pub const TLS_RELOADS: &str = "tidegate_tls_reloads_total";
 /// When the gateway's certificate expires.
 pub const TLS_CERTIFICATE_EXPIRY: &str = "tidegate_tls_certificate_expiry_timestamp_seconds";
+/// Calls refused at a limit on one device or operator. `setting`: `limits.device_readings_per_second`, `limits.device_bytes_per_second`,
+/// `limits.device_calls_max`, `limits.operator_calls_per_second`, `limits.operator_calls_max`.
+pub const LIMIT_REFUSALS: &str = "tidegate_limit_refusals_total";
+/// Batches that waited for their device's rate.
+pub const UPLOAD_WAITS: &str = "tidegate_upload_waits_total";
 /// Panics in the work on calls.
 pub const PANICS: &str = "tidegate_panics_total";
 /// 1 while the gateway is ready to do its work, as `/readyz` says; else 0.
@@ -229,6 +234,20 @@ pub static METRICS: &[Metric] = &[
         "seconds",
         &[],
         "When the first certificate of the gateway's chain expires, in seconds since 1970-01-01T00:00:00Z; not shown without TLS.",
+    ),
+    metric(
+        LIMIT_REFUSALS,
+        Kind::Counter,
+        "refusals",
+        &["setting"],
+        "Calls refused, or ended, at a limit on one device or operator, by the setting that holds it.",
+    ),
+    metric(
+        UPLOAD_WAITS,
+        Kind::Counter,
+        "waits",
+        &[],
+        "How often what a device sent had to wait, as it sends more than limits.device_readings_per_second or limits.device_bytes_per_second.",
     ),
     metric(PANICS, Kind::Counter, "panics", &[], "Panics in the work on calls; each is a defect of the gateway."),
     metric(READY, Kind::Gauge, "ready", &[], "1 while the gateway is ready to do its work, as /readyz says; else 0."),

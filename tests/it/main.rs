@@ -26,6 +26,7 @@ mod identity;
 mod identity_matrix;
 mod kills;
 mod lifecycle;
+mod limits;
 mod link;
 mod migrate;
 mod null_sink;

@@ -6,6 +6,7 @@ use crate::{
     auth::{AuditLog, Authenticator},
     config::{Config, Grpc},
     error::StatusFacts,
+    limits::OperatorLimits,
     middleware::{CallTracker, Deadline, Doors, stack},
     pb::{
         FollowRequest, FollowResponse, GetUploadPositionRequest, GetUploadPositionResponse, Heartbeat, UploadRequest, UploadResponse,
@@ -130,7 +131,7 @@ impl LiveService for Handlers {
 
 /// Doors that stand open.
 pub fn doors() -> Doors {
-    Doors { auth: Authenticator::open(), audit: AuditLog::off() }
+    Doors { auth: Authenticator::open(), audit: AuditLog::off(), limits: OperatorLimits::new(&Config::default().limits, &Metrics::new()) }
 }
 
 /// All that serves, and what tests look at.

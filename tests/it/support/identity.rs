@@ -4,7 +4,7 @@ use super::{TestGateway, channel, database::Database};
 use std::net::SocketAddr;
 use tidegate::{
     client::Channel,
-    config::AuthMode,
+    config::{AuthMode, Config},
     pb::{
         self, OperatorRole, credential_service_client::CredentialServiceClient, device_service_client::DeviceServiceClient,
         operator_service_client::OperatorServiceClient,
@@ -13,7 +13,16 @@ use tidegate::{
 
 /// Starts a gateway that asks for credentials.
 pub async fn start(on: Database) -> TestGateway {
-    on.gateway_with(|config| config.auth.mode = AuthMode::Required).await
+    start_with(on, |_| {}).await
+}
+
+/// The same with changed settings.
+pub async fn start_with(on: Database, change: impl FnOnce(&mut Config)) -> TestGateway {
+    on.gateway_with(|config| {
+        config.auth.mode = AuthMode::Required;
+        change(config);
+    })
+    .await
 }
 
 /// A connection that shows a token.
