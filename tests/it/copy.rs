@@ -10,7 +10,10 @@ use crate::support::{
 };
 use std::{path::Path, process::Command};
 use tempfile::TempDir;
-use tidegate::{app::Gateway, config::DatabaseUrl};
+use tidegate::{
+    app::Gateway,
+    config::{AuthMode, Config, DatabaseUrl},
+};
 
 fn copy(from: &Path, to: &str) -> Script {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tidegate"));
@@ -37,8 +40,15 @@ async fn devices_go_on_where_they_were() {
     let url = server.database();
     let told = copy(directory.path(), &url).succeeds().await;
     assert!(told.contains("compared") && told.contains("storage.url"), "{told}");
-    let again = copy(directory.path(), &url).fails(1).await;
-    assert!(again.is_empty(), "the target is in use: {again}");
+    copy(directory.path(), &url).fails_saying(1, "in use already").await;
+    // A gateway that asks for credentials has begun on it, and has operators that are nobody else's.
+    let in_use = server.database();
+    let with_operators = |config: &mut Config| {
+        config.storage.url = DatabaseUrl::new(in_use.clone());
+        config.auth.mode = AuthMode::Required;
+    };
+    TestGateway::start_with(with_operators).await.stop().await;
+    copy(directory.path(), &in_use).fails_saying(1, "in use already").await;
 
     let gateway = TestGateway::start_with(|config| config.storage.url = DatabaseUrl::new(url)).await;
     for device in devices {

@@ -53,8 +53,18 @@ impl Script {
         self.fails(0).await
     }
 
+    /// Waits for its end with this exit code, and an error that says so.
+    pub async fn fails_saying(self, code: i32, what: &str) {
+        let (_, errors) = self.ends(code).await;
+        assert!(errors.contains(what), "{errors}");
+    }
+
     /// Waits for its end with this exit code; returns what it printed.
-    pub async fn fails(mut self, code: i32) -> String {
+    pub async fn fails(self, code: i32) -> String {
+        self.ends(code).await.0
+    }
+
+    async fn ends(mut self, code: i32) -> (String, String) {
         let status = eventually("the program ends", || {
             let ended = self.child.try_wait().expect("its own child");
             async move { ended }
@@ -65,7 +75,7 @@ impl Script {
             reader.join().expect("no panic");
         }
         assert_eq!(status.code(), Some(code), "{}: {status}\n{}{}", self.name, self.output(), self.errors());
-        self.output()
+        (self.output(), self.errors())
     }
 
     fn output(&self) -> String {
