@@ -92,7 +92,7 @@ async fn an_idle_gateway_finds_out_that_its_server_hangs() {
     let Bridge { proxy, gateway, .. } = &bridge;
     health_is(gateway, true).await;
     proxy.set(Way::Stalled);
-    not_ready(gateway, "a commit has taken more than").await;
+    not_ready(gateway, "a probe has taken more than").await;
     health_is(gateway, false).await;
     proxy.set(Way::Closed);
     proxy.set(Way::Open);
