@@ -11,7 +11,7 @@ use crate::{
     auth::Caller,
     error::{Error, Failure, Violations},
     fleet::{ClockWatch, Configs, Device, Exchange, Registry},
-    ingest::{Envelope, Ingest, Lane, Outcome, Reply},
+    ingest::{Envelope, Ingest, Lane, Outcome, Reply, hold_back},
     limits::OpenCall,
     middleware::Draining,
     model::{DeviceId, StreamId, Timestamp, structs},
@@ -139,9 +139,9 @@ impl<'a> Link<'a> {
     }
 
     /// How long a message has to wait, if it has to: a batch of a device that sends more than it may.
-    fn held_back(&self, message: &pb::ConnectRequest) -> Result<Option<Duration>, Error> {
+    fn held_back(&self, message: &pb::ConnectRequest, held: &mut bool) -> Result<Option<Duration>, Error> {
         match &message.message {
-            Some(connect_request::Message::Batch(_)) => self.api.ingest.held_back(&self.device),
+            Some(connect_request::Message::Batch(_)) => self.api.ingest.held_back(&self.device, held),
             _ => Ok(None),
         }
     }
@@ -149,10 +149,10 @@ impl<'a> Link<'a> {
     async fn serve(mut self, drain: CancellationToken, mut inbound: Streaming<pb::ConnectRequest>) -> Result<(), Status> {
         let mut pokes = self.device.config_pokes();
         Box::pin(self.send_config()).await?;
-        let (mut next, mut open, mut refused) = (None, true, None);
+        let (mut next, mut open, mut held, mut refused) = (None, true, false, None);
         while open || next.is_some() || !self.pending.is_empty() {
             let held_back = match &next {
-                Some(message) => match self.held_back(message) {
+                Some(message) => match self.held_back(message, &mut held) {
                     Ok(held_back) => held_back,
                     Err(error) => {
                         // What was taken is acknowledged before the refusal.
@@ -178,7 +178,7 @@ impl<'a> Link<'a> {
                 }
                 Some(replies) = self.pending.next() => self.acknowledge(replies).await?,
                 Ok(()) = pokes.changed(), if open => Box::pin(self.send_config()).await?,
-                () = self.api.ingest.wait(held_back) => {}
+                () = hold_back(held_back) => {}
                 () = drain.cancelled(), if open || next.is_some() => (open, next) = (false, None),
             }
         }

@@ -5,7 +5,7 @@ use crate::{
     auth::Caller,
     error::{Error, Failure, Violations},
     fleet::{Device, Registry},
-    ingest::{Envelope, Ingest, Lane, Outcome, Reply, Run, SEQUENCE_MAX},
+    ingest::{Envelope, Ingest, Lane, Outcome, Reply, Run, SEQUENCE_MAX, hold_back},
     middleware::Draining,
     model::{BatchReject, DeviceId, StreamId, Timestamp, batch::RejectReason},
     pb::{self, telemetry_service_server::TelemetryService},
@@ -50,10 +50,10 @@ impl TelemetryService for TelemetryApi {
         let mut upload = Upload { device, stream_id, lane: Lane::default(), last: 0, summary: Summary::default() };
         let mut pending = FuturesOrdered::new();
         let (mut next, mut open, mut unacknowledged) = (Some(envelope(first)), true, 0);
-        let mut refused = None;
+        let (mut held, mut refused) = (false, None);
         while open || next.is_some() || !pending.is_empty() {
             let held_back = match &next {
-                Some(_) => match self.ingest.held_back(&upload.device) {
+                Some(_) => match self.ingest.held_back(&upload.device, &mut held) {
                     Ok(held_back) => held_back,
                     Err(error) => {
                         // What was taken is committed, and told together with the refusal.
@@ -89,7 +89,7 @@ impl TelemetryService for TelemetryApi {
                     unacknowledged -= replies.len();
                     replies.into_iter().try_for_each(|reply| upload.take(reply))?;
                 }
-                () = self.ingest.wait(held_back) => {}
+                () = hold_back(held_back) => {}
                 // What was taken is committed and told; the device goes on elsewhere.
                 () = drain.cancelled(), if open || next.is_some() => (open, next) = (false, None),
             }

@@ -130,19 +130,14 @@ impl Ingest {
     }
 
     /// How long the device's next batch has to wait, if it has to, as it sends more than it may; the error when that would be too long.
-    pub fn held_back(&self, device: &Device) -> Result<Option<Duration>, Error> {
-        self.device_limits.held_back(&device.usage)
-    }
-
-    /// Waits for as long as a batch is held back; for ever when none is.
-    pub async fn wait(&self, held_back: Option<Duration>) {
-        match held_back {
-            Some(held_back) => {
-                self.device_limits.count_held_back();
-                tokio::time::sleep(held_back).await;
-            }
-            None => std::future::pending().await,
+    /// `held` says whether the same batch was found to have to wait before, so that it is counted once.
+    pub fn held_back(&self, device: &Device, held: &mut bool) -> Result<Option<Duration>, Error> {
+        let wait = self.device_limits.held_back(&device.usage)?;
+        if wait.is_some() && !*held {
+            self.device_limits.count_held_back();
         }
+        *held = wait.is_some();
+        Ok(wait)
     }
 
     /// How what comes in behind a run, in the same call, is to be admitted.
@@ -153,5 +148,13 @@ impl Ingest {
     /// Shows at each scrape how many bytes of batches wait for their commit.
     pub fn show_pending(&self, metrics: &Metrics) {
         self.admission.show(metrics);
+    }
+}
+
+/// Waits for as long as a batch is held back; for ever when none is.
+pub async fn hold_back(held_back: Option<Duration>) {
+    match held_back {
+        Some(held_back) => tokio::time::sleep(held_back).await,
+        None => std::future::pending().await,
     }
 }

@@ -247,7 +247,7 @@ pub static METRICS: &[Metric] = &[
         Kind::Counter,
         "waits",
         &[],
-        "How often what a device sent had to wait, as it sends more than limits.device_readings_per_second or limits.device_bytes_per_second.",
+        "Batches that had to wait, as their device sends more than limits.device_readings_per_second or limits.device_bytes_per_second.",
     ),
     metric(PANICS, Kind::Counter, "panics", &[], "Panics in the work on calls; each is a defect of the gateway."),
     metric(READY, Kind::Gauge, "ready", &[], "1 while the gateway is ready to do its work, as /readyz says; else 0."),
