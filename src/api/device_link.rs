@@ -54,8 +54,12 @@ impl DeviceLinkService for DeviceLinkApi {
 
     async fn connect(&self, request: Request<Streaming<pb::ConnectRequest>>) -> Result<Response<Self::ConnectStream>, Status> {
         let (caller, drain) = (Caller::of(request.extensions()), Draining::of(request.extensions()));
-        let (api, inbound) = (self.clone(), request.into_inner());
-        let work = move |outbound| async move { Link::run(&api, &caller, drain, inbound, &outbound).await };
+        let (api, mut inbound) = (self.clone(), request.into_inner());
+        // What is done seldom is boxed, here and below: its room would else be part of every link, and most links are idle.
+        let work = move |outbound| async move {
+            let mut link = Box::pin(Link::begin(&api, &caller, &drain, &mut inbound, &outbound)).await?;
+            link.serve(&drain, &mut inbound).await
+        };
         Ok(Response::new(driven(OUTBOUND_MAX, work).boxed()))
     }
 }
@@ -79,13 +83,14 @@ struct Link<'a> {
 }
 
 impl<'a> Link<'a> {
-    async fn run(
+    /// Waits for the device's Hello, and answers it.
+    async fn begin(
         api: &'a DeviceLinkApi,
         caller: &Caller,
-        drain: CancellationToken,
-        mut inbound: Streaming<pb::ConnectRequest>,
+        drain: &CancellationToken,
+        inbound: &mut Streaming<pb::ConnectRequest>,
         outbound: &'a Outbound<pb::ConnectResponse>,
-    ) -> Result<(), Status> {
+    ) -> Result<Self, Status> {
         let first = tokio::select! {
             first = inbound.message() => first?,
             () = drain.cancelled() => return Err(Error::Draining.into()),
@@ -93,8 +98,7 @@ impl<'a> Link<'a> {
         let Some(pb::ConnectRequest { message: Some(connect_request::Message::Hello(hello)) }) = first else {
             return Err(Error::invalid("hello", "the first message of the stream must be a Hello").into());
         };
-        // What is done seldom is boxed, here and below: its room would else be part of every link, and most links are idle.
-        Box::pin(Self::greet(api, caller, hello, outbound)).await?.serve(drain, inbound).await
+        Self::greet(api, caller, hello, outbound).await
     }
 
     async fn greet(
@@ -146,7 +150,7 @@ impl<'a> Link<'a> {
         }
     }
 
-    async fn serve(mut self, drain: CancellationToken, mut inbound: Streaming<pb::ConnectRequest>) -> Result<(), Status> {
+    async fn serve(&mut self, drain: &CancellationToken, inbound: &mut Streaming<pb::ConnectRequest>) -> Result<(), Status> {
         let mut pokes = self.device.config_pokes();
         Box::pin(self.send_config()).await?;
         let (mut next, mut open, mut held, mut refused) = (None, true, false, None);
@@ -166,7 +170,7 @@ impl<'a> Link<'a> {
                 && let Some(message) = next.take()
             {
                 let received;
-                (received, next) = self.receive(message, &mut inbound).await?;
+                (received, next) = Box::pin(self.receive(message, inbound)).await?;
                 // What came in before is handed in all the same.
                 open = !received?;
                 continue;

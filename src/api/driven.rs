@@ -1,7 +1,7 @@
 //! Answers that a call's own work sends, without a task of its own.
 
 use futures_util::{
-    StreamExt, future,
+    FutureExt, StreamExt, future,
     stream::{self, PollNext, Stream},
 };
 use tokio::sync::mpsc;
@@ -44,12 +44,12 @@ where
 {
     let (sender, messages) = mpsc::channel(messages_max);
     let outbound = Outbound(sender);
-    let work = work(outbound.clone());
-    let work = async move {
-        if let Err(status) = work.await {
+    // Not an async block around the work, which would have room for it twice.
+    let work = work(outbound.clone()).then(async move |ended| {
+        if let Err(status) = ended {
             outbound.deliver(Err(status)).await;
         }
-    };
+    });
     // Sends nothing by itself, and drops the senders when it is done, which ends the messages.
     let work = stream::once(work).filter_map(|()| future::ready(None));
     // The work first, so that what it sends is found at once.
@@ -60,7 +60,6 @@ where
 mod tests {
     use super::*;
     use crate::error::Error;
-    use futures_util::FutureExt;
     use std::{panic::AssertUnwindSafe, sync::Arc};
     use tonic::Code;
 

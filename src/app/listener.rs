@@ -14,6 +14,7 @@ use crate::{
     tls::{PeerCertificate, Tls},
 };
 use bytes::Bytes;
+use futures_util::FutureExt;
 use http::{Request, Response};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -22,15 +23,15 @@ use parking_lot::Mutex;
 use std::{
     collections::VecDeque,
     convert::Infallible,
-    future::poll_fn,
     io,
     net::SocketAddr,
     ops::Range,
-    pin::pin,
+    pin::{Pin, pin},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
+    task::{Context, Poll},
     time::Duration,
 };
 use tokio::{
@@ -111,14 +112,14 @@ impl Listener {
         while let Some((stream, permit)) = stop.drain.run_until_cancelled(server.accept(&socket, &free)).await {
             server.metrics.accepted.increment(1);
             let open = OpenConnection::new(&server.metrics.open, permit);
-            let (connection, tls, service, stop) = (server.clone(), tls.clone(), service.clone(), stop.clone());
-            server.tasks.spawn(async move {
+            let connection = server.clone().serve(stream, tls.clone(), service.clone(), stop.clone());
+            server.tasks.spawn(connection.map(move |ended| {
                 let _open = open;
                 // Not an error of the gateway: peers go away, speak other protocols, break rules.
-                if let Err(error) = connection.serve(stream, tls, service, stop).await {
+                if let Err(error) = ended {
                     tracing::debug!(error, "connection.failed");
                 }
-            });
+            }));
         }
         drop(socket);
         server.tasks.close();
@@ -200,51 +201,69 @@ impl Server {
         }
     }
 
-    async fn serve<S, B>(self: Arc<Self>, stream: TcpStream, tls: Option<Tls>, service: S, stop: Stop) -> Result<(), BoxError>
+    /// Serves one connection until its end.
+    ///
+    /// Not an `async fn`, which has room for its arguments twice, and what is over when HTTP/2 begins is boxed: the
+    /// future is there for each of thousands of connections that do nothing.
+    fn serve<S, B>(
+        self: Arc<Self>,
+        stream: TcpStream,
+        tls: Option<Tls>,
+        service: S,
+        stop: Stop,
+    ) -> impl Future<Output = Result<(), BoxError>> + Send + 'static
     where
         S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
         S::Future: Send + 'static,
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<BoxError>,
     {
+        async move {
+            let info: TcpConnectInfo = stream.connect_info();
+            // Who has not even begun has no calls that could be waited for.
+            let begun = stop.drain.run_until_cancelled(Box::pin(self.begin(stream, tls))).await;
+            let Some(begun) = begun else { return Ok(()) };
+            let (io, peer) = begun?;
+            let revoked = peer.as_ref().map(|peer| peer.revoked.clone()).unwrap_or_default();
+            let draining = stop.drain.child_token();
+            let service = service_fn({
+                let draining = Draining(draining.clone());
+                move |mut request: Request<Incoming>| {
+                    request.extensions_mut().insert(info.clone());
+                    request.extensions_mut().insert(draining.clone());
+                    if let Some(peer) = &peer {
+                        request.extensions_mut().insert(peer.clone());
+                    }
+                    service.clone().oneshot(request)
+                }
+            });
+            let calls = Arc::new(Calls::default());
+            let mut connection = pin!(self.http(&calls).serve_connection(TokioIo::new(io), service));
+            tokio::select! {
+                ended = connection.as_mut() => return Ok(ended?),
+                () = draining.cancelled() => {}
+                () = self.served_its_time(&calls) => draining.cancel(),
+                () = revoked.cancelled() => {}
+            }
+            connection.as_mut().graceful_shutdown();
+            tokio::select! {
+                ended = connection => Ok(ended?),
+                () = stop.cut.cancelled() => Ok(()),
+                () = async { revoked.cancelled().await; time::sleep(REVOKED_LINGER).await } => Ok(()),
+                // At a stop of the whole gateway that decides alone.
+                () = time::sleep(self.config.connection_age_grace), if !stop.drain.is_cancelled() => Ok(()),
+            }
+        }
+    }
+
+    /// Does what comes before HTTP/2: the TLS handshake, if there is to be one, and the client's preface.
+    async fn begin(&self, stream: TcpStream, tls: Option<Tls>) -> Result<(GuardedIo<GrpcIo>, Option<Arc<PeerCertificate>>), BoxError> {
         // Acknowledgements are small and somebody waits for each: never hold one back to fill a packet.
         stream.set_nodelay(true)?;
-        let info: TcpConnectInfo = stream.connect_info();
-        // Who has not even begun has no calls that could be waited for.
-        let Some(secured) = stop.drain.run_until_cancelled(Secured::new(stream, tls)).await else { return Ok(()) };
-        let Secured { io, peer } = secured?;
-        let begun = time::timeout(self.config.keepalive_timeout, GuardedIo::accept(io, self.io_limits.clone()));
-        let Some(begun) = stop.drain.run_until_cancelled(begun).await else { return Ok(()) };
-        let io = begun.inspect_err(|_| self.metrics.no_preface.increment(1))??;
-        let revoked = peer.as_ref().map(|peer| peer.revoked.clone()).unwrap_or_default();
-        let draining = stop.drain.child_token();
-        let service = service_fn({
-            let draining = Draining(draining.clone());
-            move |mut request: Request<Incoming>| {
-                request.extensions_mut().insert(info.clone());
-                request.extensions_mut().insert(draining.clone());
-                if let Some(peer) = &peer {
-                    request.extensions_mut().insert(peer.clone());
-                }
-                service.clone().oneshot(request)
-            }
-        });
-        let calls = Arc::new(Calls::default());
-        let mut connection = pin!(self.http(&calls).serve_connection(TokioIo::new(io), service));
-        tokio::select! {
-            ended = connection.as_mut() => return Ok(ended?),
-            () = draining.cancelled() => {}
-            () = self.served_its_time(&calls) => draining.cancel(),
-            () = revoked.cancelled() => {}
-        }
-        connection.as_mut().graceful_shutdown();
-        tokio::select! {
-            ended = connection => Ok(ended?),
-            () = stop.cut.cancelled() => Ok(()),
-            () = async { revoked.cancelled().await; time::sleep(REVOKED_LINGER).await } => Ok(()),
-            // At a stop of the whole gateway that decides alone.
-            () = time::sleep(self.config.connection_age_grace), if !stop.drain.is_cancelled() => Ok(()),
-        }
+        let Secured { io, peer } = Secured::new(stream, tls).await?;
+        let preface = time::timeout(self.config.keepalive_timeout, GuardedIo::accept(io, self.io_limits.clone())).await;
+        let io = preface.inspect_err(|_| self.metrics.no_preface.increment(1))??;
+        Ok((io, peer))
     }
 
     fn http(&self, calls: &Arc<Calls>) -> http2::Builder<CallSpawner> {
@@ -365,17 +384,29 @@ where
         let call = CallTask::new(serving, self.unread_timeout, self.unread.clone());
         let tasks = self.tasks.clone();
         Beginning::of(&self.calls, move |beginning| {
-            tasks.spawn(async move {
-                let _open = open;
-                let (mut call, mut beginning) = (pin!(call), Some(beginning));
-                poll_fn(|cx| {
-                    let polled = call.as_mut().poll(cx);
-                    beginning.take();
-                    polled
-                })
-                .await;
-            });
+            tasks.spawn(Running { call, beginning: Some(beginning), _open: open });
         });
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// A call's task. Not an async block, which would have room for the call twice.
+    struct Running<C> {
+        #[pin]
+        call: C,
+        beginning: Option<Beginning>,
+        _open: OpenCall,
+    }
+}
+
+impl<C: Future> Future for Running<C> {
+    type Output = C::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<C::Output> {
+        let this = self.project();
+        let polled = this.call.poll(cx);
+        this.beginning.take();
+        polled
     }
 }
 

@@ -4,6 +4,10 @@
 //! sends would stand in front of what they have just measured. So it has a narrow lane of its own: as long as the newest reading
 //! of what a call sends is old, only so many bytes of all such calls are on their way at once. They take turns, in the order in which
 //! they ask, and so do they with live calls where all bytes are taken; nobody starves, and the order within a stream is that of its call.
+//!
+//! A narrow lane alone is not enough where the processors are what is scarce: as soon as a commit ends, the next bytes would come in. So
+//! beside live calls the lane rests: what was given out comes back only after some more of the time for which it was held, and
+//! the processors and the disk belong to live readings meanwhile.
 
 use super::run::Run;
 use crate::{
@@ -11,11 +15,23 @@ use crate::{
     error::Error,
     telemetry::{Metrics, names},
 };
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// What a waiting batch costs besides its bytes.
 const BATCH_OVERHEAD_BYTES: usize = 1024;
+/// How much longer than it was held a part of the backlog's lane rests.
+const REST_FACTOR: u32 = 2;
+/// How long it rests at the most: after a commit that took long for a reason of its own, a backlog need not stand still.
+const REST_MAX: Duration = Duration::from_millis(100);
+/// How long after the last live batch the lane still rests.
+const LIVE_FOR: Duration = Duration::from_secs(1);
 
 /// How what a call sends is admitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -33,17 +49,77 @@ pub(super) struct Admission {
     all: Budget,
     backlog: Budget,
     backlog_age: Duration,
+    live: LastLive,
 }
 
 /// What is held from admission to commit.
 pub(super) struct Permit {
     all: OwnedSemaphorePermit,
-    backlog: Option<OwnedSemaphorePermit>,
+    backlog: Option<LanePart>,
 }
 
 impl Permit {
     pub fn lane(&self) -> Lane {
         if self.backlog.is_some() { Lane::Backlog } else { Lane::Live }
+    }
+}
+
+/// When the last live batch came in. Cheap to clone.
+#[derive(Clone)]
+struct LastLive {
+    began: Instant,
+    // In milliseconds after `began`; 0 before the first.
+    millis: Arc<AtomicU64>,
+}
+
+impl LastLive {
+    fn new() -> Self {
+        Self { began: Instant::now(), millis: Arc::default() }
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX).max(1)
+    }
+
+    fn see(&self) {
+        self.millis.store(self.now(), Relaxed);
+    }
+
+    fn is_recent(&self) -> bool {
+        let last = self.millis.load(Relaxed);
+        last > 0 && self.now().saturating_sub(last) < LIVE_FOR.as_millis() as u64
+    }
+}
+
+/// A part of the backlog's lane, which rests before it comes back when live batches come in.
+struct LanePart {
+    bytes: Option<OwnedSemaphorePermit>,
+    since: Instant,
+    live: LastLive,
+}
+
+impl LanePart {
+    fn merge(&mut self, more: OwnedSemaphorePermit) {
+        match &mut self.bytes {
+            Some(bytes) => bytes.merge(more),
+            none => *none = Some(more),
+        }
+    }
+}
+
+impl Drop for LanePart {
+    fn drop(&mut self) {
+        let Some(bytes) = self.bytes.take() else { return };
+        if !self.live.is_recent() {
+            return;
+        }
+        // Without a runtime the gateway is at its end, and nobody waits.
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let rest = (self.since.elapsed() * REST_FACTOR).min(REST_MAX);
+        runtime.spawn(async move {
+            tokio::time::sleep(rest).await;
+            drop(bytes);
+        });
     }
 }
 
@@ -76,14 +152,17 @@ impl Budget {
 impl Admission {
     pub fn new(settings: &config::Ingest) -> Self {
         let backlog = Budget::new(settings.backlog_bytes_max);
-        Self { all: Budget::new(settings.pending_bytes_max), backlog, backlog_age: settings.backlog_age }
+        Self { all: Budget::new(settings.pending_bytes_max), backlog, backlog_age: settings.backlog_age, live: LastLive::new() }
     }
 
     /// Admits a batch; waits while too many bytes are on their way already.
     pub async fn admit(&self, lane: Lane, bytes: usize) -> Result<Permit, Error> {
         let backlog = match lane {
-            Lane::Live => None,
-            Lane::Backlog => Some(self.backlog.take(bytes).await?),
+            Lane::Live => {
+                self.live.see();
+                None
+            }
+            Lane::Backlog => Some(LanePart { bytes: Some(self.backlog.take(bytes).await?), since: Instant::now(), live: self.live.clone() }),
         };
         Ok(Permit { all: self.all.take(bytes).await?, backlog })
     }
