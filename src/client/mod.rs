@@ -50,7 +50,7 @@ mod fake;
 
 pub use backoff::{Backoff, BackoffSettings};
 pub use batch::{BatchBuilder, EncodedBatch};
-pub use channel::{Channel, ChannelError, Credentials, connect_lazy, connect_lazy_with};
+pub use channel::{Channel, ChannelError, Credentials, connect_lazy, connect_lazy_with, endpoint_with};
 pub use link::{ConfigDecision, ConfigHandler, DeviceLink, LinkError, LinkEvent, LinkObserver, LinkSettings};
 pub use queue::{Queue, QueueError, QueueLimits, QueueStatus, Resumed, WhenFull};
 pub use uploader::{UploadError, UploadSummary, Uploader, UploaderSettings};

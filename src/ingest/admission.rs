@@ -162,7 +162,9 @@ impl Admission {
                 self.live.see();
                 None
             }
-            Lane::Backlog => Some(LanePart { bytes: Some(self.backlog.take(bytes).await?), since: Instant::now(), live: self.live.clone() }),
+            Lane::Backlog => {
+                Some(LanePart { bytes: Some(self.backlog.take(bytes).await?), since: Instant::now(), live: self.live.clone() })
+            }
         };
         Ok(Permit { all: self.all.take(bytes).await?, backlog })
     }

@@ -238,12 +238,14 @@ impl SqliteStore {
     }
 
     pub async fn stored_readings(&self, devices: &[DeviceKey]) -> Result<HashMap<DeviceKey, u64>, StoreError> {
-        let places = vec!["?"; devices.len()].join(", ");
-        let sql = format!(
-            "SELECT device_id, sum(stored_readings) AS readings FROM streams WHERE device_id IN ({places}) GROUP BY device_id HAVING sum(stored_readings) > 0"
-        );
-        let query = devices.iter().fold(sqlx::query(AssertSqlSafe(sql)), |query, device| query.bind(device.0));
-        let rows = query.fetch_all(self.readers()).await?;
+        let keys: Vec<i64> = devices.iter().map(|device| device.0).collect();
+        let rows = sqlx::query(
+            "SELECT device_id, sum(stored_readings) AS readings FROM streams WHERE device_id IN (SELECT value FROM json_each(?)) \
+             GROUP BY device_id HAVING sum(stored_readings) > 0",
+        )
+        .bind(serde_json::to_string(&keys).expect("integers"))
+        .fetch_all(self.readers())
+        .await?;
         rows.iter().map(|row| Ok((key_column(row)?, count_column(row, "readings")?))).collect()
     }
 

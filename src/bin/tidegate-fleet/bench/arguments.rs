@@ -28,6 +28,8 @@ pub enum Mode {
     Paced(Paced),
     /// One day of one sensor out of many, beside a plain SQLite table.
     Query(Query),
+    /// How many bytes a reading takes when it is merged.
+    Rest(Rest),
     /// Whether acknowledgements of live readings take longer while other devices flush a backlog.
     Backlog(Backlog),
     /// What open connections cost that say nothing, and how all come back when the gateway was killed.
@@ -236,8 +238,21 @@ pub struct Idle {
     /// Kill the gateway and start it again, so that all come back at once.
     #[arg(long)]
     pub storm: bool,
+    /// Speak TLS: the gateway's certificate for localhost, PEM. The devices trust it, so it is signed by itself.
+    #[arg(long, requires = "key_file", value_name = "FILE")]
+    pub certificate_file: Option<PathBuf>,
+    /// The certificate's private key, PEM.
+    #[arg(long, requires = "certificate_file", value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
     #[command(flatten)]
     pub common: Common,
+}
+
+impl Idle {
+    /// The section of PERFORMANCE.md.
+    pub fn section(&self) -> &'static str {
+        if self.certificate_file.is_some() { "idle-tls" } else { "idle" }
+    }
 }
 
 #[derive(Debug, Clone, Args)]
@@ -278,6 +293,18 @@ pub struct Query {
     /// How often each of the two answers.
     #[arg(long, default_value_t = 51, value_parser = clap::value_parser!(u32).range(1..=10_000), value_name = "N")]
     pub repeats: u32,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct Rest {
+    /// How many readings are stored.
+    #[arg(long, default_value_t = 10_000_000, value_parser = clap::value_parser!(u64).range(1_000_000..), value_name = "N")]
+    pub readings: u64,
+    /// Where the gateway stores.
+    #[arg(long, value_enum, default_value = "sqlite", value_name = "STORE")]
+    pub store: Stores,
     #[command(flatten)]
     pub common: Common,
 }

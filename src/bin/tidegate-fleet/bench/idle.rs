@@ -2,10 +2,10 @@
 //! them come back at once.
 
 use super::{
-    arguments::{Common, Idle, Store},
+    arguments::{Idle, Store},
     call, pool, process,
     report::mib,
-    server::{DataDir, Server},
+    server::{DataDir, Server, Setup},
     upload::device_name,
 };
 use anyhow::{Context, bail};
@@ -24,7 +24,7 @@ use std::{
 };
 use tidegate::{
     app::open_files,
-    client::{Backoff, BackoffSettings},
+    client::{Backoff, BackoffSettings, Credentials, endpoint_with},
     model::StreamId,
     pb::{self, connect_response::Message},
 };
@@ -44,6 +44,7 @@ const SETTLE: Duration = Duration::from_secs(3);
 pub struct Outcome {
     pub machine: String,
     pub connections: u32,
+    pub tls: bool,
     /// Before the connections, and with them.
     pub resident_before_bytes: u64,
     pub resident_bytes: u64,
@@ -69,8 +70,9 @@ impl Outcome {
     /// The table of the documentation.
     pub fn to_markdown(&self) -> String {
         let mut text = format!(
-            "Measured on {}.\n\n| connections | RSS before, MiB | RSS with them, MiB | KiB a connection |\n|---|---|---|---|\n| {} | {:.1} | {:.1} | **{:.1}** |\n",
+            "Measured on {}, {} TLS.\n\n| connections | RSS before, MiB | RSS with them, MiB | KiB a connection |\n|---|---|---|---|\n| {} | {:.1} | {:.1} | **{:.1}** |\n",
             self.machine,
+            if self.tls { "with" } else { "without" },
             self.connections,
             mib(self.resident_before_bytes),
             mib(self.resident_bytes),
@@ -91,15 +93,25 @@ impl Outcome {
 }
 
 pub async fn run(arguments: &Idle) -> anyhow::Result<Outcome> {
-    let Idle { connections, storm, common } = arguments;
+    let Idle { connections, storm, certificate_file, key_file, common } = arguments;
     let files = open_files::raise_limit();
     if files <= u64::from(*connections) {
         bail!("the limit on open files is {files}, and each connection is one: raise the hard limit");
     }
     let data = DataDir::new(common.data_dir.as_deref())?;
-    let server = start(common, &data, None).await?;
+    let mut setup = common.gateway(Store::Sqlite)?;
+    let authority = match certificate_file.as_deref().zip(key_file.as_deref()) {
+        Some((certificate, key)) => {
+            let flags = [("certificate", certificate), ("key", key)].map(|(what, file)| format!("--tls-{what}-file={}", file.display()));
+            setup.flags.extend(flags);
+            Some(std::fs::read(certificate).with_context(|| format!("cannot read {}", certificate.display()))?)
+        }
+        None => None,
+    };
+    let server = Server::start(&setup, data.path()).await?;
     let resident_before_bytes = server.usage()?.resident_bytes;
-    let fleet = Arc::new(Fleet::new(server.endpoint()));
+    setup.listen = Some(server.grpc());
+    let fleet = Arc::new(Fleet::new(endpoint(&server, authority.as_deref())?));
     let mut links = JoinSet::new();
     for number in 0..*connections {
         links.spawn(fleet.clone().keep_linked(number));
@@ -107,11 +119,12 @@ pub async fn run(arguments: &Idle) -> anyhow::Result<Outcome> {
     fleet.all_linked(*connections).await?;
     tokio::time::sleep(SETTLE).await;
     let resident_bytes = server.usage()?.resident_bytes;
-    let storm = if *storm { Some(reconnect(server, common, &data, &fleet, *connections).await?) } else { None };
+    let storm = if *storm { Some(reconnect(server, &setup, &data, &fleet, *connections).await?) } else { None };
     let bytes_per_connection = resident_bytes.saturating_sub(resident_before_bytes) as f64 / f64::from(*connections);
     Ok(Outcome {
         machine: process::machine(),
         connections: *connections,
+        tls: authority.is_some(),
         resident_before_bytes,
         resident_bytes,
         bytes_per_connection,
@@ -119,18 +132,18 @@ pub async fn run(arguments: &Idle) -> anyhow::Result<Outcome> {
     })
 }
 
-async fn start(common: &Common, data: &DataDir, listen: Option<std::net::SocketAddr>) -> anyhow::Result<Server> {
-    let mut setup = common.gateway(Store::Sqlite)?;
-    setup.listen = listen;
-    Server::start(&setup, data.path()).await
+/// Where the devices connect to; with TLS, trusting `authority`.
+fn endpoint(server: &Server, authority: Option<&[u8]>) -> anyhow::Result<Endpoint> {
+    let Some(authority) = authority else { return Ok(Endpoint::from_shared(server.endpoint())?.tcp_nodelay(true)) };
+    let credentials = Credentials { authorities: Some(authority.to_vec()), ..Credentials::default() };
+    Ok(endpoint_with(&format!("https://localhost:{}", server.grpc().port()), &credentials)?.tcp_nodelay(true))
 }
 
 /// Kills the gateway, starts it again, and waits until all are back.
-async fn reconnect(server: Server, common: &Common, data: &DataDir, fleet: &Fleet, connections: u32) -> anyhow::Result<Storm> {
-    let listen = server.grpc();
+async fn reconnect(server: Server, setup: &Setup, data: &DataDir, fleet: &Fleet, connections: u32) -> anyhow::Result<Storm> {
     drop(server);
     fleet.linked.lock().clear();
-    let server = start(common, data, Some(listen)).await?;
+    let server = Server::start(setup, data.path()).await?;
     let (ready, failed_before) = (Instant::now(), fleet.failed_tries.load(Relaxed));
     fleet.all_linked(connections).await?;
     let linked = fleet.linked.lock().clone();
@@ -149,7 +162,7 @@ async fn reconnect(server: Server, common: &Common, data: &DataDir, fleet: &Flee
 
 /// The devices that keep their links.
 struct Fleet {
-    endpoint: String,
+    endpoint: Endpoint,
     connecting: Semaphore,
     /// When each link was made, in that order.
     linked: Mutex<Vec<Instant>>,
@@ -159,7 +172,7 @@ struct Fleet {
 }
 
 impl Fleet {
-    fn new(endpoint: String) -> Self {
+    fn new(endpoint: Endpoint) -> Self {
         let connecting = Semaphore::new(CONNECTING_MAX);
         Self { endpoint, connecting, linked: Mutex::default(), failed_tries: AtomicU64::new(0), failure: Mutex::default() }
     }
@@ -204,7 +217,7 @@ impl Fleet {
         let mut hello = BytesMut::new();
         pool::Stream { device: device_name(number), id: StreamId::new() }.put_hello(&mut hello);
         let hello = stream::iter([Ok::<_, Status>(Frame::data(Bytes::from(hello)))]);
-        let channel = Endpoint::from_shared(self.endpoint.clone())?.tcp_nodelay(true).connect().await?;
+        let channel = self.endpoint.connect().await?;
         let mut answers: Streaming<pb::ConnectResponse> =
             call::call(&channel, call::CONNECT, StreamBody::new(hello.chain(stream::pending()))).await?;
         let first = answers.message().await?.context("the link ended at once")?;

@@ -14,6 +14,7 @@ mod pool;
 mod process;
 mod query;
 mod report;
+mod rest;
 mod server;
 mod slow_sync;
 mod soak;
@@ -67,13 +68,17 @@ async fn measure(arguments: Bench) -> anyhow::Result<Verdict> {
             let outcome = query::run(&arguments).await?;
             publish(&arguments.common, "query", &outcome, &outcome.to_markdown())?;
         }
+        Some(Mode::Rest(arguments)) => {
+            let outcome = rest::run(&arguments).await?;
+            publish(&arguments.common, "rest", &outcome, &outcome.to_markdown())?;
+        }
         Some(Mode::Backlog(arguments)) => {
             let outcome = backlog::run(&arguments).await?;
             publish(&arguments.common, "backlog", &outcome, &outcome.to_markdown())?;
         }
         Some(Mode::Idle(arguments)) => {
             let outcome = idle::run(&arguments).await?;
-            publish(&arguments.common, "idle", &outcome, &outcome.to_markdown())?;
+            publish(&arguments.common, arguments.section(), &outcome, &outcome.to_markdown())?;
         }
     }
     Ok(Verdict::Good)

@@ -23,10 +23,10 @@ use tonic::transport::Channel;
 /// The rows that are asked for: a day at one a second.
 const DAY_ROWS: u64 = 86_400;
 /// How many rows each sensor has: the day, and something before and behind it.
-const ROWS_PER_SENSOR: u64 = 100_000;
+pub(super) const ROWS_PER_SENSOR: u64 = 100_000;
 /// Batches of a thousand: what is measured is not how they come in.
-const SHAPE: Shape = Shape { sensors: 10, rows: 100 };
-const CONNECTIONS: u32 = 10;
+pub(super) const SHAPE: Shape = Shape { sensors: 10, rows: 100 };
+pub(super) const CONNECTIONS: u32 = 10;
 /// The gateway's metric of readings that were merged.
 const MERGED: &str = "tidegate_merged_readings_total";
 const MERGE_TIMEOUT: Duration = Duration::from_secs(1_800);
@@ -107,6 +107,28 @@ pub async fn run(arguments: &Query) -> anyhow::Result<Outcome> {
     })
 }
 
+/// Stores about so many readings, and waits until they are merged; how many there are.
+pub(super) async fn fill(server: &Server, channels: &[Channel], pool: &Arc<Pool>, readings: u64, silent: bool) -> anyhow::Result<u64> {
+    let devices = (readings / (ROWS_PER_SENSOR * SHAPE.sensors as u64)).clamp(1, 10_000) as u32;
+    let mut uploaders = Uploaders::new(pool.clone(), channels, devices);
+    let slice = uploaders.send_each(ROWS_PER_SENSOR / SHAPE.rows as u64).await?;
+    if !silent {
+        println!("stored {} readings in {:.1} s", slice.readings, slice.elapsed.as_secs_f64());
+    }
+    let began = Instant::now();
+    let mut ticks = tokio::time::interval(MERGE_ASKED_INTERVAL);
+    while server.metric(MERGED).await?.context("the gateway does not say how much is merged")? < slice.readings as f64 {
+        if began.elapsed() > MERGE_TIMEOUT {
+            bail!("not merged within {MERGE_TIMEOUT:?}");
+        }
+        ticks.tick().await;
+    }
+    if !silent {
+        println!("merged after another {:.1} s", began.elapsed().as_secs_f64());
+    }
+    Ok(slice.readings)
+}
+
 /// A gateway that holds the readings, merged.
 struct Gateway {
     client: ReadingServiceClient<Channel>,
@@ -121,24 +143,8 @@ impl Gateway {
         let data = DataDir::new(common.data_dir.as_deref())?;
         let server = Server::start(&common.gateway(Store::Sqlite)?, data.path()).await?;
         let channels = call::connect(&server.endpoint(), CONNECTIONS).await?;
-        let devices = (readings / (ROWS_PER_SENSOR * SHAPE.sensors as u64)).clamp(1, 10_000) as u32;
-        let mut uploaders = Uploaders::new(pool.clone(), &channels, devices);
-        let slice = uploaders.send_each(ROWS_PER_SENSOR / SHAPE.rows as u64).await?;
-        if !common.json {
-            println!("stored {} readings in {:.1} s", slice.readings, slice.elapsed.as_secs_f64());
-        }
-        let began = Instant::now();
-        let mut ticks = tokio::time::interval(MERGE_ASKED_INTERVAL);
-        while server.metric(MERGED).await?.context("the gateway does not say how much is merged")? < slice.readings as f64 {
-            if began.elapsed() > MERGE_TIMEOUT {
-                bail!("not merged within {MERGE_TIMEOUT:?}");
-            }
-            ticks.tick().await;
-        }
-        if !common.json {
-            println!("merged after another {:.1} s", began.elapsed().as_secs_f64());
-        }
-        Ok(Self { client: ReadingServiceClient::new(channels[0].clone()), readings: slice.readings, _server: server, data })
+        let readings = fill(&server, &channels, pool, readings, common.json).await?;
+        Ok(Self { client: ReadingServiceClient::new(channels[0].clone()), readings, _server: server, data })
     }
 
     /// All readings of a range of time, as pairs.
