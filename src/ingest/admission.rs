@@ -229,6 +229,18 @@ mod tests {
         assert_eq!(admit(Lane::Backlog).expect("room again").lane(), Lane::Backlog);
     }
 
+    #[tokio::test]
+    async fn beside_live_batches_the_lane_rests() {
+        let admission = admission();
+        let all_of_it = || admission.admit(Lane::Backlog, 16 << 10);
+        drop(all_of_it().await.expect("open"));
+        drop(all_of_it().now_or_never().expect("nobody else sends: it comes back at once"));
+        drop(admission.admit(Lane::Live, 1).await.expect("open"));
+        drop(all_of_it().await.expect("open"));
+        assert!(all_of_it().now_or_never().is_none(), "it rests");
+        all_of_it().await.expect("it comes back");
+    }
+
     #[test]
     fn a_run_grows_only_by_what_both_budgets_have() {
         let admission = admission();

@@ -300,7 +300,7 @@ pub struct Query {
 #[derive(Debug, Clone, Args)]
 pub struct Rest {
     /// How many readings are stored.
-    #[arg(long, default_value_t = 10_000_000, value_parser = clap::value_parser!(u64).range(1_000_000..), value_name = "N")]
+    #[arg(long, default_value_t = 20_000_000, value_parser = clap::value_parser!(u64).range(1_000_000..), value_name = "N")]
     pub readings: u64,
     /// Where the gateway stores.
     #[arg(long, value_enum, default_value = "sqlite", value_name = "STORE")]
