@@ -5,6 +5,7 @@
 use super::status;
 use crate::{
     auth::{Authenticator, Caller, Ending, Grant, Identity},
+    config::Grpc,
     error::{Error, Failure, Reason},
     telemetry::{Metrics, names},
 };
@@ -17,7 +18,9 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
+use tokio::time::timeout;
 use tonic::Status;
 use tower::{Layer, Service};
 
@@ -53,13 +56,14 @@ impl Refusals {
 #[derive(Clone)]
 pub struct AuthenticateLayer {
     auth: Authenticator,
+    patience: Duration,
     refusals: Refusals,
 }
 
 impl AuthenticateLayer {
-    /// Asks `auth`.
-    pub fn new(auth: Authenticator, refusals: Refusals) -> Self {
-        Self { auth, refusals }
+    /// Asks `auth`, for as long as any call may take that is not a stream: its deadline begins behind that.
+    pub fn new(config: &Grpc, auth: Authenticator, refusals: Refusals) -> Self {
+        Self { auth, patience: config.unary_deadline_max, refusals }
     }
 }
 
@@ -96,11 +100,15 @@ where
         let state = match self.layer.auth.identify(request.headers(), request.extensions()) {
             Ok(Identity::Known(grant)) => State::begin(&mut self.inner, request, grant),
             Ok(Identity::Unknown(token)) => {
-                let auth = self.layer.auth.clone();
+                let AuthenticateLayer { auth, patience, .. } = self.layer.clone();
+                let asked = async move {
+                    let asked = timeout(patience, auth.look_up(&token)).await;
+                    asked.unwrap_or_else(|_| Err(Error::DeadlineExceeded(patience).into()))
+                };
                 // The one that was asked whether it is ready.
                 let next = self.inner.clone();
                 let inner = std::mem::replace(&mut self.inner, next);
-                State::Asking { asked: async move { auth.look_up(&token).await }.boxed(), call: Some((inner, request)) }
+                State::Asking { asked: asked.boxed(), call: Some((inner, request)) }
             }
             Err(error) => State::Refused { error: Some(error) },
         };

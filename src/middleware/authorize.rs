@@ -1,10 +1,12 @@
 //! Refuses calls that are not the caller's to make, and notes those of operators that change something.
 //!
-//! A call that is noted is answered when its note is in the store; one that its client gives up is noted as CANCELLED.
+//! A call that is noted is answered when its note is in the store, but does not wait for that for ever; one that its client gives up is
+//! noted as CANCELLED.
 
 use super::{authenticate::Refusals, body::GuardedBody, method::Method, request_id::RequestId, status::code_in};
 use crate::{
     auth::{AuditLog, Caller, PendingEntry, Rule},
+    config::Grpc,
     error::Error,
     model::Timestamp,
     store::AuditRow,
@@ -17,8 +19,12 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
-use tokio::task::JoinHandle;
+use tokio::{
+    task::JoinHandle,
+    time::{Timeout, timeout},
+};
 use tonic::{Code, Status, transport::server::TcpConnectInfo};
 use tower::{Layer, Service};
 
@@ -26,13 +32,14 @@ use tower::{Layer, Service};
 #[derive(Clone)]
 pub struct AuthorizeLayer {
     audit: AuditLog,
+    patience: Duration,
     refusals: Refusals,
 }
 
 impl AuthorizeLayer {
-    /// Notes in `audit`.
-    pub fn new(audit: AuditLog, refusals: Refusals) -> Self {
-        Self { audit, refusals }
+    /// Notes in `audit`, and waits for that as long as for any call that is not a stream.
+    pub fn new(config: &Grpc, audit: AuditLog, refusals: Refusals) -> Self {
+        Self { audit, patience: config.unary_deadline_max, refusals }
     }
 }
 
@@ -77,11 +84,11 @@ where
                 if note.is_some() {
                     request.extensions_mut().insert(caller);
                 }
-                AuthorizeFuture::Running { inner: self.inner.call(request), note }
+                AuthorizeFuture::Running { inner: self.inner.call(request), note, patience: self.layer.patience }
             }
             Err(error) => {
                 self.layer.refusals.count(&error);
-                AuthorizeFuture::Refused { error: Some(error), note }
+                AuthorizeFuture::Refused { error: Some(error), note, patience: self.layer.patience }
             }
         }
     }
@@ -114,15 +121,18 @@ pin_project_lite::pin_project! {
             #[pin]
             inner: F,
             note: Option<PendingEntry>,
+            patience: Duration,
         },
         Refused {
             error: Option<Error>,
             note: Option<PendingEntry>,
+            patience: Duration,
         },
         Noting {
-            #[pin]
-            written: JoinHandle<()>,
+            // Boxed: most calls are not noted.
+            written: Pin<Box<Timeout<JoinHandle<()>>>>,
             response: Option<Response<AuthorizeBody<B>>>,
+            patience: Duration,
         },
     }
 }
@@ -135,24 +145,27 @@ where
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         loop {
-            let (response, note) = match self.as_mut().project() {
-                AuthorizeProjection::Running { inner, note } => match ready!(inner.poll(cx)) {
-                    Ok(response) => (response.map(|body| GuardedBody::new(body, None)), note.take()),
+            let (response, note, patience) = match self.as_mut().project() {
+                AuthorizeProjection::Running { inner, note, patience } => match ready!(inner.poll(cx)) {
+                    Ok(response) => (response.map(|body| GuardedBody::new(body, None)), note.take(), *patience),
                     Err(error) => return Poll::Ready(Err(error)),
                 },
-                AuthorizeProjection::Refused { error, note } => {
+                AuthorizeProjection::Refused { error, note, patience } => {
                     let error = error.take().expect("a future is not polled after its end");
-                    (Status::from(error).into_http(), note.take())
+                    (Status::from(error).into_http(), note.take(), *patience)
                 }
-                AuthorizeProjection::Noting { written, response } => {
-                    // A panic of it was told by the runtime; the call is answered all the same.
-                    let _ = ready!(written.poll(cx));
-                    return Poll::Ready(Ok(response.take().expect("a future is not polled after its end")));
+                AuthorizeProjection::Noting { written, response, patience } => {
+                    let response = match ready!(written.as_mut().poll(cx)) {
+                        // A panic of it was told by the runtime; the call is answered all the same.
+                        Ok(_) => response.take().expect("a future is not polled after its end"),
+                        Err(_) => Status::from(Error::DeadlineExceeded(*patience)).into_http(),
+                    };
+                    return Poll::Ready(Ok(response));
                 }
             };
             let code = code_in(response.headers()).unwrap_or(Code::Ok);
             let Some(written) = note.and_then(|mut note| note.write(code)) else { return Poll::Ready(Ok(response)) };
-            self.set(Self::Noting { written, response: Some(response) });
+            self.set(Self::Noting { written: Box::pin(timeout(patience, written)), response: Some(response), patience });
         }
     }
 }

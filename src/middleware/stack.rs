@@ -68,9 +68,9 @@ where
         // Before all that costs something: a refusal must be cheap when there is too much to do.
         .layer(ShedLayer::new(config, metrics))
         // Behind the limits, so that guessing is limited, too; before a caller is given anything.
-        .layer(AuthenticateLayer::new(doors.auth.clone(), refusals.clone()))
+        .layer(AuthenticateLayer::new(config, doors.auth.clone(), refusals.clone()))
         // Behind that, as it needs to know who calls; around all that could tell whether anything exists.
-        .layer(AuthorizeLayer::new(doors.audit.clone(), refusals))
+        .layer(AuthorizeLayer::new(config, doors.audit.clone(), refusals))
         // Behind that, so that what it refuses is noted, too.
         .layer(QuotaLayer::new(doors.limits.clone()))
         // What it ends is the handler's work alone.

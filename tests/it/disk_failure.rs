@@ -5,6 +5,7 @@ use crate::support::{
     client::{SECOND, T0, TestDevice, temperatures},
     disk::{FaultyDisk, SmallDisk},
     health_is, http_get,
+    identity::with_token,
     load::{Load, log},
     metric, not_ready,
     process::GatewayProcess,
@@ -14,7 +15,10 @@ use crate::support::{
 use bytes::Bytes;
 use rand::Rng;
 use std::net::SocketAddr;
-use tidegate::error::StatusFacts;
+use tidegate::{
+    error::StatusFacts,
+    pb::{self, device_service_client::DeviceServiceClient},
+};
 use tonic::Code;
 
 /// So that some faults come while the log is merged.
@@ -205,4 +209,22 @@ async fn a_backlog_does_not_hold_up_another_device() {
     let before: u64 = stored[..last].iter().map(|entry| entry.batches).sum();
     let unacknowledged_max = tidegate::config::Config::default().ingest.unacknowledged_batches_max as u64;
     assert!(before <= unacknowledged_max + 3, "{before} batches were before it");
+}
+
+/// Scenario: an operator changes something while the disk stalls, so that neither the change nor its entry in the audit log can be
+/// written. Guarantee: the call ends at its deadline, and not when the disk goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operators_call_ends_while_the_disk_stalls() {
+    let disk = FaultyDisk::new();
+    let gateway = disk.start(&["--auth-mode=required", "--grpc-unary-deadline-max=1s"]).await;
+    let token = std::fs::read_to_string(disk.data_dir().join("admin-token")).expect("left at the first start");
+    let mut devices = DeviceServiceClient::new(with_token(gateway.grpc, token.trim()));
+    let create = |id: &str| pb::CreateDeviceRequest { device: Some(pb::Device { id: id.into(), ..Default::default() }) };
+    devices.create_device(create("before")).await.expect("the disk is well");
+    disk.fail("fsync stall");
+    let status = soon("the call ends", devices.create_device(create("meanwhile"))).await.expect_err("it cannot be known to be done");
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
+    disk.heal();
+    health_is(&gateway, true).await;
+    devices.create_device(create("after")).await.expect("the disk is well again");
 }
