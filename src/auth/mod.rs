@@ -1,6 +1,7 @@
 //! Who calls, and what each may do.
 //!
-//! A call's way: [`Authenticator::identify`] finds out who calls, from a token or a client certificate; the [`policy`] says
+//! A call's way: [`Authenticator::identify`] finds out who calls, from a token of the gateway's own, one of a provider ([`oidc`]) or a
+//! client certificate; the [`policy`] says
 //! whether such a one may call the method at all; a handler asks its [`Caller`] about the devices. Each of these is decided
 //! before it is looked whether what the call names exists.
 //!
@@ -10,6 +11,7 @@
 mod audit;
 mod authenticator;
 mod directory;
+pub mod oidc;
 pub mod policy;
 mod principal;
 mod token;
@@ -17,6 +19,7 @@ mod token;
 pub use audit::{AuditLog, PendingEntry};
 pub use authenticator::{Authenticator, Identity};
 pub use directory::{Directory, Issue};
+pub use oidc::{Oidc, OidcError};
 pub use policy::{Access, Rule};
 pub use principal::{Caller, Ending, Grant, Operator, Principal, Role};
 pub use token::{NewToken, Presented};
