@@ -1,6 +1,6 @@
 //! Who calls, and what each may do.
 //!
-//! A call's way: [`Authenticator::identify`] finds out who calls, from a token of the gateway's own, one of a provider ([`oidc`]) or a
+//! A call's way: [`Authenticator::identify`] finds out who calls, from a token of the gateway's own, one of a provider ([`Oidc`]) or a
 //! client certificate; the [`policy`] says
 //! whether such a one may call the method at all; a handler asks its [`Caller`] about the devices. Each of these is decided
 //! before it is looked whether what the call names exists.
@@ -11,7 +11,7 @@
 mod audit;
 mod authenticator;
 mod directory;
-pub mod oidc;
+mod oidc;
 pub mod policy;
 mod principal;
 mod token;

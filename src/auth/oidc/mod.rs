@@ -66,7 +66,7 @@ pub enum OidcError {
     Timeout(#[from] Elapsed),
 }
 
-/// Who an operator is by a provider's token; see the [module](self). Cheap to clone: all clones are one.
+/// Finds out who an operator is by a token of an OpenID Connect provider. Cheap to clone: all clones are one.
 #[derive(Clone)]
 pub struct Oidc(Arc<Shared>);
 
