@@ -1,9 +1,8 @@
 //! Who calls, and what each may do.
 //!
 //! A call's way: [`Authenticator::identify`] finds out who calls, from a token of the gateway's own, one of a provider ([`Oidc`]) or a
-//! client certificate; the [`policy`] says
-//! whether such a one may call the method at all; a handler asks its [`Caller`] about the devices. Each of these is decided
-//! before it is looked whether what the call names exists.
+//! client certificate; the [`policy`] says whether such a one may call the method at all; a handler asks its [`Caller`] about the
+//! devices. Each of these is decided before it is looked whether what the call names exists.
 //!
 //! Invariants: nothing is decided from a secret but by comparing hashes in constant time; what can't be checked is refused; a
 //! credential that was revoked ends the calls that were begun with it, on all gateways.
