@@ -260,6 +260,7 @@ impl Oidc {
     /// Each setting that does not go with the others, and what it must be.
     fn wrong_relations(&self, mode: AuthMode) -> Vec<(&'static str, &'static str)> {
         let is_https = JwksLocation::parse(&self.jwks).is_some_and(|location| location.is_https());
+        let names_more = !self.audience.is_empty() || !self.jwks.is_empty();
         let wrong = [
             (self.is_on() && mode == AuthMode::Open, "oidc.issuer", "empty while auth.mode is open, as nobody is asked who they are"),
             (
@@ -268,11 +269,7 @@ impl Oidc {
                 "not empty while oidc.issuer is not: tokens that the provider made for others would be taken",
             ),
             (self.is_on() && self.jwks.is_empty(), "oidc.jwks", "not empty while oidc.issuer is not"),
-            (
-                !self.is_on() && !(self.audience.is_empty() && self.jwks.is_empty()),
-                "oidc.issuer",
-                "not empty while oidc.audience or oidc.jwks is not",
-            ),
+            (!self.is_on() && names_more, "oidc.issuer", "not empty while oidc.audience or oidc.jwks is not"),
             (!self.ca_file.as_os_str().is_empty() && !is_https, "oidc.ca_file", "empty unless oidc.jwks is an https:// address"),
         ];
         wrong.into_iter().filter(|(is_wrong, ..)| *is_wrong).map(|(_, key, allowed)| (key, allowed)).collect()
