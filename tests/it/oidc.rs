@@ -6,12 +6,16 @@ use crate::support::{
     client::{devices, live},
     eventually,
     identity::{admin, device, with_token},
-    jwt::{SigningKey, changed, claims, jwks, now},
+    jwt::{AUDIENCE, ISSUER, SigningKey, changed, claims, jwks, now},
     oidc::{Answer, Provider, trust},
+    process::GatewayProcess,
     soon,
 };
 use serde_json::json;
-use std::time::{Duration, Instant};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 use tidegate::{
     client::Channel,
     error::StatusFacts,
@@ -288,4 +292,30 @@ async fn a_stop_does_not_wait_for_the_provider() {
     eprintln!("stopped after {:?}", begun.elapsed());
     let ended = soon("the call's end", call).await.expect("no panic").expect_err("its key is not known");
     assert_eq!(reason(&ended), "KEYS_UNAVAILABLE");
+}
+
+/// Guarantee: why a token is refused is in the log and not in the answer; a gateway whose keys are not there does not start, and says so.
+#[tokio::test]
+async fn what_is_wrong_is_told_in_the_log() {
+    let directory = tempfile::TempDir::new().expect("a directory");
+    let file = directory.path().join("jwks.json");
+    let key = SigningKey::p256("k1");
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    let command = || {
+        let mut command = GatewayProcess::command(&directory.path().join("data"), any, any);
+        command.args(["--auth-mode=required", "--oidc-issuer", ISSUER, "--oidc-audience", AUDIENCE, "--oidc-jwks"]).arg(&file);
+        command
+    };
+    let mut failed = GatewayProcess::spawn(command());
+    assert!(!failed.wait().await.success());
+    eventually("it says why", || async { failed.log().contains("cannot get the keys of oidc.jwks").then_some(()) }).await;
+
+    std::fs::write(&file, jwks(&[&key])).expect("written");
+    let gateway = GatewayProcess::run(command()).await;
+    let elsewhere = changed(claims("alice", "viewer", "*"), &json!({ "iss": "https://elsewhere.example.com" }));
+    let refused = whoami(&with_token(gateway.grpc, &key.token(&elsewhere))).await.expect_err("of another issuer");
+    assert!(!format!("{refused:?}").contains("issuer"), "{refused:?}");
+    let told = || async { gateway.log().contains("https://elsewhere.example.com").then(|| gateway.log()) };
+    let log = eventually("it says why", told).await;
+    assert!(log.contains("oidc.refused") && !log.contains(&key.token(&elsewhere)), "{log}");
 }
