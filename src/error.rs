@@ -135,6 +135,9 @@ pub enum Error {
     /// The credential was revoked while the call was open, or what its owner may do was changed.
     #[error("the credential was revoked, or what its owner may do was changed")]
     CredentialRevoked,
+    /// A token of the provider can't be verified yet.
+    #[error("the keys of the OpenID Connect provider are not there, so that no token of it can be verified: try again later")]
+    KeysUnavailable,
     /// Whoever calls may not do this, whether what it names exists or not.
     #[error("the caller may not do this")]
     PermissionDenied,
@@ -224,6 +227,7 @@ pub enum Reason {
     CredentialInvalid,
     CredentialExpired,
     CredentialRevoked,
+    KeysUnavailable,
     PermissionDenied,
     CredentialNotFound,
     EnrolmentKeyUsedUp,
@@ -236,7 +240,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them, in the order of the documentation.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 30] = [
         Self::InvalidArgument,
         Self::DeviceNotFound,
         Self::DeviceExists,
@@ -258,6 +262,7 @@ impl Reason {
         Self::CredentialInvalid,
         Self::CredentialExpired,
         Self::CredentialRevoked,
+        Self::KeysUnavailable,
         Self::PermissionDenied,
         Self::CredentialNotFound,
         Self::EnrolmentKeyUsedUp,
@@ -292,6 +297,7 @@ impl Reason {
             Self::CredentialInvalid => "CREDENTIAL_INVALID",
             Self::CredentialExpired => "CREDENTIAL_EXPIRED",
             Self::CredentialRevoked => "CREDENTIAL_REVOKED",
+            Self::KeysUnavailable => "KEYS_UNAVAILABLE",
             Self::PermissionDenied => "PERMISSION_DENIED",
             Self::CredentialNotFound => "CREDENTIAL_NOT_FOUND",
             Self::EnrolmentKeyUsedUp => "ENROLMENT_KEY_USED_UP",
@@ -320,7 +326,7 @@ impl Reason {
             Self::PermissionDenied => Code::PermissionDenied,
             Self::PositionExpired => Code::OutOfRange,
             Self::QueryTooLarge | Self::Overloaded | Self::RateLimited => Code::ResourceExhausted,
-            Self::StoreUnavailable | Self::Draining => Code::Unavailable,
+            Self::StoreUnavailable | Self::KeysUnavailable | Self::Draining => Code::Unavailable,
             Self::DeadlineExceeded | Self::TooSlow => Code::DeadlineExceeded,
             Self::Internal => Code::Internal,
         }
@@ -329,7 +335,7 @@ impl Reason {
     /// How long a client waits at the least before it tries again; `None` where trying the same again does not help.
     pub fn retry_after(self) -> Option<Duration> {
         match self {
-            Self::StoreUnavailable | Self::Overloaded => Some(Duration::from_secs(2)),
+            Self::StoreUnavailable | Self::KeysUnavailable | Self::Overloaded => Some(Duration::from_secs(2)),
             Self::RateLimited => Some(Duration::from_secs(1)),
             Self::Draining => Some(Duration::from_millis(500)),
             _ => None,
@@ -367,6 +373,7 @@ impl Error {
             Self::CredentialInvalid => Reason::CredentialInvalid,
             Self::CredentialExpired => Reason::CredentialExpired,
             Self::CredentialRevoked => Reason::CredentialRevoked,
+            Self::KeysUnavailable => Reason::KeysUnavailable,
             Self::PermissionDenied => Reason::PermissionDenied,
             Self::CredentialNotFound(_) => Reason::CredentialNotFound,
             Self::EnrolmentKeyUsedUp => Reason::EnrolmentKeyUsedUp,
@@ -431,6 +438,7 @@ impl Error {
             | Self::CredentialInvalid
             | Self::CredentialExpired
             | Self::CredentialRevoked
+            | Self::KeysUnavailable
             | Self::PermissionDenied
             | Self::EnrolmentKeyUsedUp
             | Self::Internal => vec![],

@@ -89,7 +89,7 @@ pub struct DeviceUsage {
     calls: Arc<AtomicUsize>,
 }
 
-/// What an operator has used with one credential.
+/// What an operator has used with one credential, or with all tokens that a provider gave to it.
 #[derive(Debug, Default)]
 pub struct OperatorUsage {
     rate: Meter,

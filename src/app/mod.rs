@@ -12,7 +12,7 @@ mod space;
 
 use crate::{
     api::{ConfigApi, CredentialApi, DeadLetterApi, DeviceApi, DeviceLinkApi, LiveApi, OperatorApi, ReadingApi, TelemetryApi},
-    auth::{AuditLog, Authenticator, Directory},
+    auth::{AuditLog, Authenticator, Directory, Oidc, OidcError},
     config::{AuthMode, Config},
     fleet::{ClockWatch, Configs, Registry, reconciler},
     history::{Exporter, Reader, Upkeep},
@@ -71,6 +71,9 @@ pub enum StartError {
     /// The TLS files can't be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// The keys of the OpenID Connect provider can't be used.
+    #[error(transparent)]
+    Oidc(#[from] OidcError),
     /// The descriptor set can't be served.
     #[error("the reflection service can't be built")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -94,6 +97,7 @@ pub struct Gateway {
     routes: Routes,
     listener: Listener,
     tls: Option<Tls>,
+    oidc: Option<Oidc>,
     doors: Doors,
     reload: Arc<Notify>,
     http: HttpServer,
@@ -125,12 +129,13 @@ impl Gateway {
         // Before the store is opened: what can't be listened on should not touch the data.
         let listen_error = |setting, address| move |source| StartError::Listen { setting, address, source };
         let tls = Tls::load(&config.tls, &metrics)?;
+        let oidc = Oidc::load(&config.oidc, &metrics).await?;
         let listener = Listener::bind(&config.grpc, &metrics).await.map_err(listen_error("grpc.listen", config.grpc.listen))?;
         let listener = listener.with_tls(tls.clone());
         let http = HttpServer::bind(config.http.listen).await.map_err(listen_error("http.listen", config.http.listen))?;
 
         let store = Store::open(&config.storage).await?;
-        let doors = doors(&config, &store, &metrics).await?;
+        let doors = doors(&config, &store, oidc.clone(), &metrics).await?;
         let directory = Directory::new(store.clone(), doors.auth.clone());
         if config.auth.mode == AuthMode::Required {
             directory.begin(&config.admin_token_file()).await?;
@@ -173,6 +178,7 @@ impl Gateway {
             routes,
             listener,
             tls,
+            oidc,
             doors,
             reload: Arc::default(),
             http,
@@ -226,6 +232,7 @@ impl Gateway {
             routes,
             listener,
             tls,
+            oidc,
             doors,
             reload,
             http,
@@ -256,8 +263,10 @@ impl Gateway {
         tasks.spawn(run_purge(store.clone(), purge, background.clone()));
         tasks.spawn(health.clone().follow(readiness.clone(), metrics.clone(), background.clone()));
         tasks.spawn(doors.audit.clone().keep_short(background.clone()));
-        if let Some(tls) = tls {
-            tasks.spawn(tls.watch(reload, background.clone()));
+        tasks.spawn(look_at_files(reload, tls, oidc.clone(), background.clone()));
+        if let Some(oidc) = oidc {
+            // Not until the end of the calls: those that wait for it would be waited for.
+            tasks.spawn(oidc.run(stop.drain.clone()));
         }
         tasks.spawn(space::watch(store.clone(), config.storage.clone(), metrics.clone(), background.clone()));
         let http_stop = background.clone();
@@ -335,13 +344,31 @@ async fn ended_by(deadline: Instant, task: &mut JoinHandle<()>) -> bool {
     task.is_finished() || timeout_at(deadline, task).await.is_ok()
 }
 
-async fn doors(config: &Config, store: &Store, metrics: &Metrics) -> Result<Doors, StoreError> {
+/// Has everything that comes from files looked at, at each `reload` and when its own time comes.
+async fn look_at_files(reload: Arc<Notify>, tls: Option<Tls>, oidc: Option<Oidc>, stop: CancellationToken) {
+    let now = Arc::<Notify>::default();
+    let hand_on = async {
+        loop {
+            reload.notified().await;
+            now.notify_one();
+            oidc.iter().for_each(Oidc::look_soon);
+        }
+    };
+    let watch = async {
+        if let Some(tls) = tls {
+            tls.watch(now.clone(), stop.clone()).await;
+        }
+    };
+    stop.run_until_cancelled(async { tokio::join!(hand_on, watch) }).await;
+}
+
+async fn doors(config: &Config, store: &Store, oidc: Option<Oidc>, metrics: &Metrics) -> Result<Doors, StoreError> {
     let limits = OperatorLimits::new(&config.limits, metrics);
     Ok(match config.auth.mode {
         AuthMode::Open => Doors { auth: Authenticator::open(), audit: AuditLog::off(), limits },
         AuthMode::Required => {
             let audit = AuditLog::new(store.clone(), config.auth.audit_age);
-            Doors { auth: Authenticator::required(store.clone()).await?, audit, limits }
+            Doors { auth: Authenticator::required(store.clone(), oidc).await?, audit, limits }
         }
     })
 }

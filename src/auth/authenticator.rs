@@ -3,10 +3,9 @@
 //! What was once looked up is kept at hand, so that a call costs a hash and a look into a map. A revocation makes that void:
 //! the store numbers them, and each gateway looks at those that it has not seen, at once when it is told, and each second.
 
-use super::{Grant, Operator, Presented, Principal, Role};
+use super::{Grant, Oidc, Operator, Presented, Principal, Role};
 use crate::{
     error::{Error, Failure},
-    limits::OperatorUsage,
     model::LabelSelector,
     store::{CredentialKind, CredentialRow, DeviceKey, OperatorKey, Store, StoreError},
     tls::PeerCertificate,
@@ -31,6 +30,8 @@ pub struct Authenticator(Arc<Shared>);
 struct Shared {
     // None: nobody is asked.
     store: Option<Store>,
+    // None: only tokens of the gateway's own are taken.
+    oidc: Option<Oidc>,
     nobody: Arc<Grant>,
     known: RwLock<Cache>,
     lookups: Semaphore,
@@ -64,18 +65,19 @@ pub enum Identity {
 impl Authenticator {
     /// One that asks nobody who they are.
     pub fn open() -> Self {
-        Self::new(None, 0, Principal::Open)
+        Self::new(None, None, 0, Principal::Open)
     }
 
-    /// One that asks everybody, for what `store` holds.
-    pub async fn required(store: Store) -> Result<Self, StoreError> {
+    /// One that asks everybody, for what `store` holds, or for a token of the provider that `oidc` knows.
+    pub async fn required(store: Store, oidc: Option<Oidc>) -> Result<Self, StoreError> {
         let seen = store.last_revocation().await?;
-        Ok(Self::new(Some(store), seen, Principal::Anonymous))
+        Ok(Self::new(Some(store), oidc, seen, Principal::Anonymous))
     }
 
-    fn new(store: Option<Store>, seen: i64, nobody: Principal) -> Self {
+    fn new(store: Option<Store>, oidc: Option<Oidc>, seen: i64, nobody: Principal) -> Self {
         Self(Arc::new(Shared {
             store,
+            oidc,
             nobody: Arc::new(Grant::without_credential(nobody)),
             known: RwLock::default(),
             lookups: Semaphore::new(LOOKUPS_MAX),
@@ -94,6 +96,12 @@ impl Authenticator {
                 None => Ok(Identity::Known(self.0.nobody.clone())),
             };
         };
+        if let Some(oidc) = self.provider_of(token) {
+            return match oidc.known(token) {
+                Some(grant) => good(grant).map(Identity::Known),
+                None => Ok(Identity::Unknown(token.to_owned())),
+            };
+        }
         let presented = Presented::parse(token).ok_or(Error::CredentialInvalid)?;
         match self.0.known.read().by_id.get(presented.id) {
             Some(known) if presented.is(known.kind, &known.hash) => good(known.grant.clone()).map(Identity::Known),
@@ -102,8 +110,11 @@ impl Authenticator {
         }
     }
 
-    /// Looks up whose a token is.
+    /// Looks up whose a token is, or verifies it.
     pub async fn look_up(&self, token: &str) -> Result<Arc<Grant>, Failure> {
+        if let Some(oidc) = self.provider_of(token) {
+            return Ok(good(oidc.verify(token).await?)?);
+        }
         let (Some(store), Some(presented)) = (&self.0.store, Presented::parse(token)) else {
             return Err(Error::CredentialInvalid.into());
         };
@@ -114,18 +125,18 @@ impl Authenticator {
             let Some(row) = row else { break };
             let Some(principal) = principal(store, &row).await? else { break };
             let revoked = Some(CancellationToken::new());
-            let grant = Arc::new(Grant {
-                principal,
-                credential: row.id.clone(),
-                expire_time: row.expire_time,
-                revoked,
-                usage: OperatorUsage::default(),
-            });
+            let grant =
+                Arc::new(Grant { principal, credential: row.id.clone(), expire_time: row.expire_time, revoked, usage: Arc::default() });
             if let Some(grant) = self.learn(generation, Known { kind: row.kind, hash: row.secret_hash, grant }) {
                 return Ok(good(grant)?);
             }
         }
         Err(Error::CredentialInvalid.into())
+    }
+
+    /// Who knows a token that is not the gateway's own.
+    fn provider_of(&self, token: &str) -> Option<&Oidc> {
+        self.0.oidc.as_ref().filter(|_| Oidc::is_jwt(token))
     }
 
     /// Keeps what was looked up, unless something was revoked since: perhaps this.

@@ -45,6 +45,11 @@ impl Role {
         [Self::Viewer, Self::Operator, Self::Admin].into_iter().find(|role| role.code() == code)
     }
 
+    /// The role of a [name](Self::as_str).
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Viewer, Self::Operator, Self::Admin].into_iter().find(|role| role.as_str() == name)
+    }
+
     /// Its name.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -58,7 +63,7 @@ impl Role {
 /// An operator that calls.
 #[derive(Debug, Clone)]
 pub struct Operator {
-    /// Who: `operators/alice`.
+    /// Who: `operators/alice`, or `oidc/alice`, as a provider calls it.
     pub actor: String,
     /// What it may do.
     pub role: Role,
@@ -91,20 +96,21 @@ pub enum Principal {
 pub struct Grant {
     /// Who has it.
     pub principal: Principal,
-    /// The id of the token; empty where there is none.
+    /// The id of the token; empty where it has none, or there is no token. Of a provider's token, `SUBJECT/ID` where the operator goes by
+    /// another name than its subject.
     pub credential: String,
     /// When it expires.
     pub expire_time: Option<Timestamp>,
     /// Cancelled when it is revoked. `None`: it can't be.
     pub revoked: Option<CancellationToken>,
-    /// What an operator has used with it of what it may do.
-    pub usage: OperatorUsage,
+    /// What an operator has used with it of what it may do; shared by the tokens that a provider gave to one subject.
+    pub usage: Arc<OperatorUsage>,
 }
 
 impl Grant {
     /// What needs no credential.
     pub fn without_credential(principal: Principal) -> Self {
-        Self { principal, credential: String::new(), expire_time: None, revoked: None, usage: OperatorUsage::default() }
+        Self { principal, credential: String::new(), expire_time: None, revoked: None, usage: Arc::default() }
     }
 
     /// What a client certificate stands for.
@@ -115,7 +121,7 @@ impl Grant {
             credential: String::new(),
             expire_time: Some(peer.expire_time),
             revoked: Some(peer.revoked.clone()),
-            usage: OperatorUsage::default(),
+            usage: Arc::default(),
         })
     }
 

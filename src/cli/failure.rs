@@ -134,7 +134,7 @@ fn hint(reason: Reason) -> Option<&'static str> {
         Reason::QueryTooLarge => Some("Narrow it with --start, --end and --sensor."),
         Reason::CredentialMissing => Some("--token-file or TIDEGATE_TOKEN names a token."),
         Reason::CredentialInvalid | Reason::CredentialExpired | Reason::CredentialRevoked => {
-            Some("An administrator can make a new token: `tidegate operator token create`.")
+            Some("An administrator can make a new token: `tidegate operator token create`; one of a provider comes from there.")
         }
         Reason::PermissionDenied => Some("`tidegate whoami` shows your role and scope."),
         Reason::OperatorNotFound => Some("`tidegate operator list` shows all operators."),
@@ -151,6 +151,7 @@ fn hint(reason: Reason) -> Option<&'static str> {
         | Reason::Draining
         | Reason::DeadlineExceeded
         | Reason::TooSlow
+        | Reason::KeysUnavailable
         | Reason::CredentialNotFound
         | Reason::EnrolmentKeyUsedUp => None,
     }

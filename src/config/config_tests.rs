@@ -114,3 +114,21 @@ fn limits_that_relate_are_checked_together() {
     let keys: Vec<&str> = found.iter().map(|wrong| wrong.key.as_str()).collect();
     assert_eq!(keys, ["ingest.batch_bytes_max", "export.concurrent_max", "shutdown.notice"]);
 }
+
+#[test]
+fn what_is_said_of_a_provider_goes_together() {
+    let keys = |flags: &[(&'static str, &str)]| match load(&[], flags) {
+        Ok(_) => Vec::new(),
+        Err(_) => wrong(load(&[], flags)).into_iter().map(|wrong| wrong.key).collect(),
+    };
+    let issuer = ("oidc.issuer", "https://sso.example.com");
+    let required = ("auth.mode", "required");
+    let (audience, jwks) = (("oidc.audience", "tidegate"), ("oidc.jwks", "https://sso.example.com/keys"));
+    assert_eq!(keys(&[required, issuer, audience, jwks, ("oidc.ca_file", "ca.pem")]), [""; 0]);
+    assert_eq!(keys(&[issuer, audience, jwks]), ["oidc.issuer"], "nobody is asked who they are");
+    assert_eq!(keys(&[required, issuer]), ["oidc.audience", "oidc.jwks"]);
+    assert_eq!(keys(&[required, audience]), ["oidc.issuer"]);
+    assert_eq!(keys(&[required, issuer, audience, ("oidc.jwks", "http://sso.example.com/keys")]), ["oidc.jwks"]);
+    assert_eq!(keys(&[required, issuer, audience, ("oidc.jwks", "jwks.json"), ("oidc.ca_file", "ca.pem")]), ["oidc.ca_file"]);
+    assert_eq!(keys(&[required, ("oidc.role_claim", "")]), ["oidc.role_claim"]);
+}

@@ -19,9 +19,11 @@ use std::{
 };
 
 mod database_url;
+mod jwks;
 mod settings;
 
 pub use database_url::DatabaseUrl;
+pub use jwks::JwksLocation;
 pub use settings::{Allowed, SETTINGS, Setting};
 
 /// All settings, typed. See [`SETTINGS`] for what each means.
@@ -32,6 +34,7 @@ pub struct Config {
     pub grpc: Grpc,
     pub tls: Tls,
     pub auth: Auth,
+    pub oidc: Oidc,
     pub http: Http,
     pub storage: Storage,
     pub ingest: Ingest,
@@ -100,6 +103,22 @@ pub struct Auth {
     pub admin_token_file: PathBuf,
     #[serde(with = "duration")]
     pub audit_age: Duration,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "SETTINGS documents each")]
+pub struct Oidc {
+    pub issuer: String,
+    pub audience: String,
+    pub jwks: String,
+    pub ca_file: PathBuf,
+    #[serde(with = "duration")]
+    pub refresh_interval: Duration,
+    #[serde(with = "duration")]
+    pub leeway: Duration,
+    pub name_claim: String,
+    pub role_claim: String,
+    pub scope_claim: String,
 }
 
 /// Whether callers are asked who they are.
@@ -232,6 +251,31 @@ impl Tls {
     }
 }
 
+impl Oidc {
+    /// Whether tokens of a provider are taken.
+    pub fn is_on(&self) -> bool {
+        !self.issuer.is_empty()
+    }
+
+    /// Each setting that does not go with the others, and what it must be.
+    fn wrong_relations(&self, mode: AuthMode) -> Vec<(&'static str, &'static str)> {
+        let is_https = JwksLocation::parse(&self.jwks).is_some_and(|location| location.is_https());
+        let names_more = !self.audience.is_empty() || !self.jwks.is_empty();
+        let wrong = [
+            (self.is_on() && mode == AuthMode::Open, "oidc.issuer", "empty while auth.mode is open, as nobody is asked who they are"),
+            (
+                self.is_on() && self.audience.is_empty(),
+                "oidc.audience",
+                "not empty while oidc.issuer is not: tokens that the provider made for others would be taken",
+            ),
+            (self.is_on() && self.jwks.is_empty(), "oidc.jwks", "not empty while oidc.issuer is not"),
+            (!self.is_on() && names_more, "oidc.issuer", "not empty while oidc.audience or oidc.jwks is not"),
+            (!self.ca_file.as_os_str().is_empty() && !is_https, "oidc.ca_file", "empty unless oidc.jwks is an https:// address"),
+        ];
+        wrong.into_iter().filter(|(is_wrong, ..)| *is_wrong).map(|(_, key, allowed)| (key, allowed)).collect()
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         const MIB: usize = 1 << 20;
@@ -269,6 +313,17 @@ impl Default for Config {
                 handshakes_max: 1_000,
             },
             auth: Auth { mode: AuthMode::Open, admin_token_file: PathBuf::new(), audit_age: Duration::from_secs(90 * 24 * 3600) },
+            oidc: Oidc {
+                issuer: String::new(),
+                audience: String::new(),
+                jwks: String::new(),
+                ca_file: PathBuf::new(),
+                refresh_interval: Duration::from_secs(300),
+                leeway: Duration::from_secs(30),
+                name_claim: "sub".into(),
+                role_claim: "tidegate_role".into(),
+                scope_claim: "tidegate_scope".into(),
+            },
             http: Http { listen: SocketAddr::from(([127, 0, 0, 1], 9464)) },
             storage: Storage {
                 url: DatabaseUrl::default(),
@@ -450,6 +505,9 @@ impl Config {
                 refuse(key, format!("empty while {needed_key} is"));
             }
         }
+        for (key, allowed) in self.oidc.wrong_relations(self.auth.mode) {
+            refuse(key, allowed.into());
+        }
         if self.grpc.message_bytes_max > self.grpc.incoming_bytes_max {
             refuse("grpc.message_bytes_max", format!("at most grpc.incoming_bytes_max, which is {}", self.grpc.incoming_bytes_max));
         }
@@ -528,6 +586,8 @@ impl Provider for One {
             | Allowed::Path
             | Allowed::File
             | Allowed::DatabaseUrl
+            | Allowed::Jwks
+            | Allowed::Text(_)
             | Allowed::Duration(_)
             | Allowed::OneOf(_)
             | Allowed::LogFilter => Value::from(self.value.clone()),

@@ -1,6 +1,6 @@
 //! The list of settings.
 
-use super::DatabaseUrl;
+use super::{DatabaseUrl, JwksLocation};
 use figment::value::Value;
 use std::{fmt, net::SocketAddr, ops::RangeInclusive, time::Duration};
 
@@ -28,6 +28,10 @@ pub enum Allowed {
     File,
     /// Where a PostgreSQL database is; may be empty.
     DatabaseUrl,
+    /// Where the keys of an OpenID Connect provider are; may be empty.
+    Jwks,
+    /// A text of so many characters, none of them a control character.
+    Text(RangeInclusive<usize>),
     /// A number of things.
     Count(RangeInclusive<u64>),
     /// A number of bytes.
@@ -65,6 +69,10 @@ impl Allowed {
             Self::Path => value.as_str().is_some_and(|text| !text.is_empty()),
             Self::File => value.as_str().is_some(),
             Self::DatabaseUrl => value.as_str().is_some_and(DatabaseUrl::is_allowed),
+            Self::Jwks => value.as_str().is_some_and(|text| text.is_empty() || JwksLocation::parse(text).is_some()),
+            Self::Text(range) => {
+                value.as_str().is_some_and(|text| range.contains(&text.chars().count()) && !text.contains(char::is_control))
+            }
             Self::Count(range) | Self::Bytes(range) => number.is_some_and(|number| range.contains(&number)),
             Self::Duration(range) => value.as_str().and_then(super::parse_duration).is_some_and(|duration| range.contains(&duration)),
             Self::OneOf(words) => value.as_str().is_some_and(|text| words.contains(&text)),
@@ -80,6 +88,8 @@ impl Allowed {
             Self::Path => "DIR",
             Self::File => "FILE",
             Self::DatabaseUrl => "URL",
+            Self::Jwks => "FILE|URL",
+            Self::Text(_) => "TEXT",
             Self::Count(_) => "N",
             Self::Bytes(_) => "BYTES",
             Self::Duration(_) => "DURATION",
@@ -97,6 +107,8 @@ impl fmt::Display for Allowed {
             Self::Path => f.write_str("a directory"),
             Self::File => f.write_str("a file, or empty"),
             Self::DatabaseUrl => f.write_str("postgres://USER:PASSWORD@HOST:PORT/DATABASE, or empty; `***` is not a password"),
+            Self::Jwks => f.write_str("a file, https://HOST/PATH, http://HOST/PATH with a loopback address or localhost, or empty"),
+            Self::Text(range) => write!(f, "{} to {} characters", range.start(), range.end()),
             Self::Count(range) => write!(f, "{} to {}", range.start(), range.end()),
             Self::Bytes(range) => write!(f, "{} to {} bytes", range.start(), range.end()),
             Self::Duration(range) => write!(f, "a duration of {:#} to {:#}", friendly(range.start()), friendly(range.end())),
@@ -248,6 +260,47 @@ pub static SETTINGS: &[Setting] = &[
         "Where the token of the first administrator is left, when there is no operator yet; empty: admin-token in storage.data_dir.",
     ),
     setting("auth.audit_age", seconds(3600..=10_000 * 365 * DAY), "How long entries of the audit log are kept."),
+    setting(
+        "oidc.issuer",
+        Allowed::Text(0..=1000),
+        "The OpenID Connect provider whose JWTs operators may show as their tokens: the claim iss, letter for letter. Empty: none.",
+    ),
+    setting("oidc.audience", Allowed::Text(0..=1000), "What these tokens must be for: the claim aud, or one of several."),
+    setting(
+        "oidc.jwks",
+        Allowed::Jwks,
+        "The provider's keys (JWKS, RFC 7517): a file, or an address that is asked without following redirects.",
+    ),
+    setting(
+        "oidc.ca_file",
+        Allowed::File,
+        "The authorities that the certificate of this address must be of (PEM), in the place of the public ones; empty: the public ones.",
+    ),
+    setting(
+        "oidc.refresh_interval",
+        seconds(1..=DAY),
+        "How often the keys are looked at; SIGHUP, and a token of a key that is not among them, do so at once, the latter every 10 s at most.",
+    ),
+    setting(
+        "oidc.leeway",
+        seconds(0..=600),
+        "How far the provider's clock may be from the gateway's: by so much a token is good before its nbf and iat and after its exp, when its open calls end.",
+    ),
+    setting(
+        "oidc.name_claim",
+        Allowed::Text(1..=255),
+        "The claim that names an operator in the audit log. Limits count by sub all the same.",
+    ),
+    setting(
+        "oidc.role_claim",
+        Allowed::Text(1..=255),
+        "The claim that has an operator's role: viewer, operator or admin, or a list of which the highest of these counts. A token without it is refused.",
+    ),
+    setting(
+        "oidc.scope_claim",
+        Allowed::Text(0..=255),
+        "The claim that has an operator's scope: a label selector such as site=berlin, or * for every device. A token without it is refused. Empty: every device for everybody.",
+    ),
     setting("http.listen", Allowed::Address, "Where /metrics, /livez and /readyz are served."),
     setting(
         "storage.url",

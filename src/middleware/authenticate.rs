@@ -30,11 +30,12 @@ pub struct Refusals(Arc<[(Reason, Counter)]>);
 
 impl Refusals {
     /// The reasons that are counted.
-    pub const REASONS: [Reason; 5] = [
+    pub const REASONS: [Reason; 6] = [
         Reason::CredentialMissing,
         Reason::CredentialInvalid,
         Reason::CredentialExpired,
         Reason::CredentialRevoked,
+        Reason::KeysUnavailable,
         Reason::PermissionDenied,
     ];
 

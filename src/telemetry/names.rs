@@ -83,7 +83,7 @@ pub const GRPC_CONNECTIONS: &str = "tidegate_grpc_connections_total";
 /// Connections that the operating system could not hand over.
 pub const GRPC_ACCEPT_ERRORS: &str = "tidegate_grpc_accept_errors_total";
 /// Calls refused for want of a right or a credential. `reason`: `CREDENTIAL_MISSING`, `CREDENTIAL_INVALID`, `CREDENTIAL_EXPIRED`,
-/// `CREDENTIAL_REVOKED`, `PERMISSION_DENIED`.
+/// `CREDENTIAL_REVOKED`, `KEYS_UNAVAILABLE`, `PERMISSION_DENIED`.
 pub const AUTH_REFUSALS: &str = "tidegate_auth_refusals_total";
 /// TLS handshakes. `outcome`: `done`, `failed`, `timed_out`.
 pub const TLS_HANDSHAKES: &str = "tidegate_tls_handshakes_total";
@@ -91,6 +91,10 @@ pub const TLS_HANDSHAKES: &str = "tidegate_tls_handshakes_total";
 pub const TLS_RELOADS: &str = "tidegate_tls_reloads_total";
 /// When the gateway's certificate expires.
 pub const TLS_CERTIFICATE_EXPIRY: &str = "tidegate_tls_certificate_expiry_timestamp_seconds";
+/// Looks at an OpenID Connect provider's keys. `outcome`: `fetched`, `failed`.
+pub const OIDC_KEY_FETCHES: &str = "tidegate_oidc_key_fetches_total";
+/// When the keys were last fetched.
+pub const OIDC_KEYS_FETCHED: &str = "tidegate_oidc_keys_fetched_timestamp_seconds";
 /// Calls refused at a limit on one device or operator. `setting`: `limits.device_readings_per_second`, `limits.device_bytes_per_second`,
 /// `limits.device_calls_max`, `limits.operator_calls_per_second`, `limits.operator_calls_max`.
 pub const LIMIT_REFUSALS: &str = "tidegate_limit_refusals_total";
@@ -234,6 +238,20 @@ pub static METRICS: &[Metric] = &[
         "seconds",
         &[],
         "When the first certificate of the gateway's chain expires, in seconds since 1970-01-01T00:00:00Z; not shown without TLS.",
+    ),
+    metric(
+        OIDC_KEY_FETCHES,
+        Kind::Counter,
+        "fetches",
+        &["outcome"],
+        "Times that the keys of the OpenID Connect provider were read or asked for, by whether there were some that can be used.",
+    ),
+    metric(
+        OIDC_KEYS_FETCHED,
+        Kind::Gauge,
+        "seconds",
+        &[],
+        "When the keys of the OpenID Connect provider were last fetched, in seconds since 1970-01-01T00:00:00Z; 0: never; not shown without oidc.issuer.",
     ),
     metric(
         LIMIT_REFUSALS,

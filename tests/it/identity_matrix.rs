@@ -2,7 +2,9 @@
 
 use crate::support::{
     database::Database,
-    identity::{admin, device, device_token, enrolment_key, operator_token, start, stranger, with_token},
+    identity::{admin, device, device_token, enrolment_key, operator_token, start_with, stranger, with_token},
+    jwt::{SigningKey, claims, jwks},
+    oidc::trust,
     raw::call,
 };
 use prost::Message;
@@ -197,7 +199,11 @@ fn every_method_that_is_served_has_its_row() {
 /// allowed what the matrix says, and what is refused is refused alike whether the device is there or not.
 #[tokio::test]
 async fn everybody_may_do_what_the_matrix_says_and_nothing_else() {
-    let gateway = start(Database::Sqlite).await;
+    let keys = tempfile::NamedTempFile::new().expect("a file");
+    let (key, other_key) = (SigningKey::p256("k1"), SigningKey::p256("k1"));
+    std::fs::write(keys.path(), jwks(&[&key])).expect("written");
+    let gateway = start_with(Database::Sqlite, |config| trust(config, keys.path().display().to_string())).await;
+    let provided = |key: &SigningKey, role: &str, scope: &str| with_token(gateway.grpc, &key.token(&claims(role, role, scope)));
     let root = admin(&gateway);
     device(&root, "pump-berlin", "berlin").await;
     device(&root, "pump-paris", "paris").await;
@@ -213,6 +219,10 @@ async fn everybody_may_do_what_the_matrix_says_and_nothing_else() {
         ("operator", of(operator_token(&root, "operator", OperatorRole::Operator, all).await), Kind::Operator(2, false)),
         ("operator of berlin", of(operator_token(&root, "operator-b", OperatorRole::Operator, berlin).await), Kind::Operator(2, true)),
         ("administrator", of(operator_token(&root, "root", OperatorRole::Admin, all).await), Kind::Operator(3, false)),
+        ("provider's viewer of berlin", provided(&key, "viewer", berlin), Kind::Operator(1, true)),
+        ("provider's operator", provided(&key, "operator", "*"), Kind::Operator(2, false)),
+        ("provider's administrator", provided(&key, "admin", "*"), Kind::Operator(3, false)),
+        ("forger of the provider's", provided(&other_key, "admin", "*"), Kind::Forger),
         ("enrolment key", of(enrolment_key(&root, "berlin", 5).await), Kind::Enrolment),
     ];
     let mut wrong = Vec::new();

@@ -30,6 +30,7 @@ mod limits;
 mod link;
 mod migrate;
 mod null_sink;
+mod oidc;
 mod postgres;
 mod postgres_failure;
 mod python;

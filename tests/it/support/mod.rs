@@ -7,7 +7,10 @@ pub mod database;
 pub mod disk;
 pub mod h2_raw;
 pub mod identity;
+#[allow(dead_code, reason = "shared with the crate's own tests, which use more of it")]
+pub mod jwt;
 pub mod load;
+pub mod oidc;
 pub mod postgres;
 pub mod process;
 pub mod proxy;
