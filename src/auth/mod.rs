@@ -12,7 +12,7 @@ mod authenticator;
 mod directory;
 pub mod policy;
 mod principal;
-mod token;
+pub(crate) mod token;
 
 pub use audit::{AuditLog, PendingEntry};
 pub use authenticator::{Authenticator, Identity};
