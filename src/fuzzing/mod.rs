@@ -42,6 +42,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    type Target = (&'static str, fn(&[u8]));
+
     /// The seeds of a target.
     fn seeds(target: &str) -> Vec<Vec<u8>> {
         let directory = format!("{}/fuzz/seeds/{target}", env!("CARGO_MANIFEST_DIR"));
@@ -52,7 +54,7 @@ mod tests {
 
     #[test]
     fn every_target_takes_its_seeds() {
-        let targets: [(&str, fn(&[u8])); 5] = [("batch", batch), ("chunk", chunk), ("frames", frames), ("text", text), ("upload", upload)];
+        let targets: [Target; 5] = [("batch", batch), ("chunk", chunk), ("frames", frames), ("text", text), ("upload", upload)];
         for (target, take) in targets {
             let seeds = seeds(target);
             assert!(!seeds.is_empty(), "{target} has no seeds");
