@@ -11,7 +11,9 @@ use tokio::runtime::{Builder, Runtime};
 
 /// How many batches one input sends at the most.
 const SENT_MAX: usize = 48;
-/// What stands for a gateway that starts again.
+/// How many inputs use one database: what a restart takes grows with it.
+const DEVICES_MAX: u64 = 256;
+/// What stands for a gateway that starts again, once in an input: it takes as long as a hundred batches.
 const RESTART: u8 = 0xff;
 
 /// One writer for all inputs, each of which is a device of its own: a database for each would take far longer than the input.
@@ -33,6 +35,13 @@ impl Bench {
         let running = runtime.block_on(Running::open(&storage));
         Self { runtime, storage, running, devices: 0 }
     }
+
+    /// Ends it, and removes what it has left on the disk.
+    fn end(self) {
+        let Self { runtime, storage, running, .. } = self;
+        runtime.block_on(running.close());
+        std::fs::remove_dir_all(storage.data_dir).expect("it is ours");
+    }
 }
 
 static BENCH: Mutex<Option<Bench>> = Mutex::new(None);
@@ -41,6 +50,9 @@ static BENCH: Mutex<Option<Bench>> = Mutex::new(None);
 /// log has what was acknowledged as stored once and in order, and the ledger adds up.
 pub fn upload(data: &[u8]) {
     let mut bench = BENCH.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(used_up) = bench.take_if(|bench| bench.devices >= DEVICES_MAX) {
+        used_up.end();
+    }
     let Bench { runtime, storage, running, devices } = bench.take().unwrap_or_else(Bench::new);
     let device = DeviceId::parse(&format!("pump-{devices}")).expect("good");
     let running = runtime.block_on(check(steps(data), &storage, running, &device));
@@ -50,24 +62,23 @@ pub fn upload(data: &[u8]) {
 /// Removes what the inputs have left on the disk.
 #[cfg(test)]
 pub(super) fn clean_up() {
-    if let Some(Bench { runtime, storage, running, .. }) = BENCH.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        runtime.block_on(running.close());
-        std::fs::remove_dir_all(storage.data_dir).expect("it is ours");
+    if let Some(bench) = BENCH.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        bench.end();
     }
 }
 
 /// Three bytes are a batch: its stream, its content and whether all before it is waited for; how far ahead it is; what is lost before it.
 fn steps(data: &[u8]) -> Vec<Step> {
-    let (mut input, mut steps, mut sends) = (Input(data), Vec::new(), Vec::new());
+    let (mut input, mut steps, mut sends, mut restarted) = (Input(data), Vec::new(), Vec::new(), false);
     for _ in 0..SENT_MAX {
         if input.0.is_empty() {
             break;
         }
         let what = input.byte();
-        if what & 0x80 != 0 {
+        if what & 0x80 != 0 && !sends.is_empty() {
             steps.push(Step::Send(std::mem::take(&mut sends)));
         }
-        if what == RESTART {
+        if what == RESTART && !std::mem::replace(&mut restarted, true) {
             steps.push(Step::Restart);
             continue;
         }
