@@ -1,7 +1,7 @@
 //! Ends calls at their deadline: the work on them stops, and the client is told.
 //!
 //! A client says how long it waits in `grpc-timeout` (gRPC over HTTP/2); the settings bound it, and stand in for it, by the
-//! [class](super::class::Class) of the method.
+//! class of the method (`class.rs`).
 //! While a client does not read, HTTP/2 flow control keeps its response from being asked for more, so that a deadline that
 //! passes then takes effect when the client reads on; that it does is `unread`'s concern.
 
