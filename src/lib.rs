@@ -50,3 +50,6 @@ pub mod tls;
 
 #[cfg(test)]
 mod docs_tests;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;

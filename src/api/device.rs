@@ -4,16 +4,16 @@ use super::parse;
 use crate::{
     auth::{Authenticator, Caller},
     error::{Error, Failure, Violations},
-    fleet::{Device, Registry},
+    fleet::{Device, Missing, MissingCause, Registry},
     live::Latest,
     model::{
-        DeviceId, Labels, Timestamp, ValueKind,
+        DeviceId, Labels, StreamId, Timestamp, ValueKind,
         batch::{check_sensor_name, reason_from_name},
         time::duration_to_proto,
         units,
     },
     pb::{self, device_service_server::DeviceService},
-    store::{Count, DeviceRow, SensorRow, Store},
+    store::{Count, DeviceRow, SensorRow, Store, StoreError},
 };
 use prost::Message;
 use std::{sync::Arc, time::Duration};
@@ -210,6 +210,9 @@ impl DeviceService for DeviceApi {
             batches: count.batches,
             readings: count.readings,
         });
+        let missing = self.missing(&device, &row.streams).await.map_err(Failure::from)?;
+        let lost_known = missing.iter().filter(|missing| missing.cause == MissingCause::Lost).map(Missing::batches);
+        let missing_truncated = lost_known.fold(0, u64::saturating_add) < row.lost.batches;
         let streams = row.streams.into_iter().map(|(stream_id, last_durable_sequence, time)| pb::StreamPosition {
             stream_id: stream_id.as_bytes().to_vec().into(),
             last_durable_sequence,
@@ -222,6 +225,9 @@ impl DeviceService for DeviceApi {
             rejected: rejected.collect(),
             lost: Some(encode_count(row.lost)),
             streams: streams.collect(),
+            pending: Some(encode_count(device.account.pending())),
+            missing: missing.into_iter().map(encode_missing).collect(),
+            missing_truncated,
         };
         Ok(Response::new(pb::GetLedgerResponse { ledger: Some(ledger) }))
     }
@@ -230,6 +236,23 @@ impl DeviceService for DeviceApi {
 impl DeviceApi {
     async fn find(&self, caller: &Caller, id: &str) -> Result<Arc<Device>, Failure> {
         caller.device(&self.registry, &parse::device(id)?).await
+    }
+
+    /// What this gateway knows to be missing of a device. `streams` are those whose place is known already.
+    async fn missing(&self, device: &Device, streams: &[(StreamId, u64, Timestamp)]) -> Result<Vec<Missing>, StoreError> {
+        let mut missing = Vec::new();
+        for seen in device.account.missing() {
+            if seen.cause == MissingCause::Lost {
+                missing.push(seen);
+                continue;
+            }
+            let last_durable = match streams.iter().find(|(id, ..)| *id == seen.stream_id) {
+                Some((_, last_sequence, _)) => *last_sequence,
+                None => self.store.last_sequence(device.key, seen.stream_id).await?,
+            };
+            missing.extend(seen.behind(last_durable));
+        }
+        Ok(missing)
     }
 }
 
@@ -285,4 +308,17 @@ fn encode_sensor(row: SensorRow) -> pb::Sensor {
 
 fn encode_count(count: Count) -> pb::Tally {
     pb::Tally { batches: count.batches, readings: count.readings }
+}
+
+fn encode_missing(missing: Missing) -> pb::MissingRange {
+    let cause = match missing.cause {
+        MissingCause::Lost => pb::MissingCause::Lost,
+        MissingCause::Awaited => pb::MissingCause::Awaited,
+    };
+    pb::MissingRange {
+        stream_id: missing.stream_id.as_bytes().to_vec().into(),
+        first_sequence: *missing.sequences.start(),
+        last_sequence: *missing.sequences.end(),
+        cause: cause.into(),
+    }
 }

@@ -79,22 +79,28 @@ fn parse(request: pb::ExportReadingsRequest, ticket: &Ticket, token: &str) -> Re
 
 /// What the tokens of one export have in common: a fingerprint of what is exported. With a token of another one a client would
 /// get a whole that fits nothing.
-struct Ticket(String);
+pub(crate) struct Ticket(String);
 
 impl Ticket {
     /// Of a request without its token.
-    fn of(request: &pb::ExportReadingsRequest) -> Self {
+    pub(crate) fn of(request: &pb::ExportReadingsRequest) -> Self {
         Self(blake3::hash(&request.encode_to_vec()).to_hex()[..16].to_owned())
     }
 
-    fn token(&self, place: &Place) -> String {
+    /// What its tokens have in common.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn fingerprint(&self) -> &str {
+        &self.0
+    }
+
+    pub(crate) fn token(&self, place: &Place) -> String {
         let Place { device, span: Span { start, end }, sensor, time, readings } = place;
         let end = end.map(|end| end.micros().to_string()).unwrap_or_default();
         // The sensor last: its name may hold anything.
         format!("{TOKEN_PREFIX}/{}/{readings}/{}/{end}/{}/{device}/{sensor}", self.0, start.micros(), time.micros())
     }
 
-    fn place(&self, token: &str) -> Result<Place, String> {
+    pub(crate) fn place(&self, token: &str) -> Result<Place, String> {
         let no_token = || "this is not a resume_token that the gateway gave".to_owned();
         let mut parts = token.splitn(8, '/');
         let mut part = || parts.next().ok_or_else(no_token);

@@ -80,12 +80,12 @@ fn flag(violations: &mut Violations, field: &str, set: bool, start: Start) -> St
     start
 }
 
-fn parse_token(token: &str) -> Result<Position, String> {
+pub(crate) fn parse_token(token: &str) -> Result<Position, String> {
     let position = token.strip_prefix(TOKEN_PREFIX).and_then(|text| i64::from_str_radix(text, 16).ok());
     position.filter(|&position| position >= 0).map(Position).ok_or_else(|| "this is not a resume_token that the gateway gave".to_owned())
 }
 
-fn token(position: Position) -> String {
+pub(crate) fn token(position: Position) -> String {
     format!("{TOKEN_PREFIX}{:x}", position.0)
 }
 

@@ -7,10 +7,10 @@ mod desk;
 mod device;
 mod device_link;
 pub(crate) mod driven;
-mod export;
-mod live;
+pub(crate) mod export;
+pub(crate) mod live;
 mod operator;
-mod parse;
+pub(crate) mod parse;
 mod reading;
 mod telemetry;
 

@@ -1,6 +1,6 @@
 //! The gateway as a whole: build, run, drain. The one module that knows all others.
 
-mod frames;
+pub(crate) mod frames;
 mod guarded_io;
 mod health;
 mod io;

@@ -13,7 +13,7 @@ mod directory;
 mod oidc;
 pub mod policy;
 mod principal;
-mod token;
+pub(crate) mod token;
 
 pub use audit::{AuditLog, PendingEntry};
 pub use authenticator::{Authenticator, Identity};

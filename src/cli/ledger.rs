@@ -4,7 +4,7 @@ use super::{
     Failure,
     client::ClientArgs,
     parse,
-    print::{Table, shown},
+    print::{Table, shown, stream_text},
 };
 use crate::{
     error::{Reason, StatusFacts},
@@ -63,6 +63,7 @@ struct Account {
     stored: Tally,
     duplicate: Tally,
     rejected: BTreeMap<&'static str, Tally>,
+    pending: Tally,
     lost: Tally,
 }
 
@@ -72,12 +73,19 @@ impl Account {
             let pb::RejectedCount { batches, readings, .. } = *count;
             (reason_name(count.reason()), Tally { batches, readings })
         });
-        Self { stored: ledger.stored.into(), duplicate: ledger.duplicate.into(), rejected: rejected.collect(), lost: ledger.lost.into() }
+        Self {
+            stored: ledger.stored.into(),
+            duplicate: ledger.duplicate.into(),
+            rejected: rejected.collect(),
+            pending: ledger.pending.into(),
+            lost: ledger.lost.into(),
+        }
     }
 
     fn add(&mut self, other: &Self) {
         self.stored.add(other.stored);
         self.duplicate.add(other.duplicate);
+        self.pending.add(other.pending);
         self.lost.add(other.lost);
         for (reason, tally) in &other.rejected {
             self.rejected.entry(reason).or_default().add(*tally);
@@ -94,6 +102,7 @@ impl Account {
         let mut sum = self.rejected();
         sum.add(self.stored);
         sum.add(self.duplicate);
+        sum.add(self.pending);
         sum
     }
 
@@ -106,11 +115,12 @@ impl Account {
             "stored": self.stored.json(),
             "duplicate": self.duplicate.json(),
             "rejected": rejected,
+            "pending": self.pending.json(),
             "lost": self.lost.json(),
         })
     }
 
-    fn row(&self, name: &str) -> [String; 7] {
+    fn row(&self, name: &str) -> [String; 8] {
         let reasons: Vec<String> = self.rejected.iter().map(|(reason, tally)| format!("{reason} {}", tally.batches)).collect();
         [
             name.to_owned(),
@@ -118,16 +128,48 @@ impl Account {
             self.stored.batches.to_string(),
             self.duplicate.batches.to_string(),
             self.rejected().batches.to_string(),
+            self.pending.batches.to_string(),
             self.lost.batches.to_string(),
             reasons.join(", "),
         ]
     }
 }
 
+fn cause_name(cause: pb::MissingCause) -> &'static str {
+    match cause {
+        pb::MissingCause::Lost => "lost",
+        pb::MissingCause::Awaited => "awaited",
+        pb::MissingCause::Unspecified => "-",
+    }
+}
+
+fn missing_json(range: &pb::MissingRange) -> Json {
+    json!({
+        "stream_id": stream_text(&range.stream_id),
+        "first_sequence": range.first_sequence,
+        "last_sequence": range.last_sequence,
+        "cause": cause_name(range.cause()),
+    })
+}
+
+/// The ranges that are missing of a device, and whether there are more.
+fn missing_rows<'a>(device: &'a str, ledger: &'a pb::Ledger) -> impl Iterator<Item = [String; 4]> + 'a {
+    let ranges = ledger.missing.iter().map(|range| {
+        let sequences = match (range.first_sequence, range.last_sequence) {
+            (first, last) if first == last => first.to_string(),
+            (first, last) => format!("{first}-{last}"),
+        };
+        [device.to_owned(), stream_text(&range.stream_id), sequences, cause_name(range.cause()).to_owned()]
+    });
+    let more = ledger.missing_truncated.then(|| [device, "-", "more than this gateway has seen", "lost"].map(str::to_owned));
+    ranges.chain(more)
+}
+
 pub async fn run(args: LedgerArgs, out: &mut dyn Write) -> Result<(), Failure> {
     let LedgerArgs { device, selector, json, client } = args;
     let mut service = DeviceServiceClient::new(client.connect().await?);
-    let mut table = Table::new(&["DEVICE", "RECEIVED", "STORED", "DUPLICATE", "REJECTED", "LOST", "WHY REJECTED"]);
+    let mut table = Table::new(&["DEVICE", "RECEIVED", "STORED", "DUPLICATE", "REJECTED", "PENDING", "LOST", "WHY REJECTED"]);
+    let mut missing = Vec::new();
     let (mut total, mut devices) = (Account::default(), 0_u64);
     let mut list = pb::ListDevicesRequest { label_selector: selector, page_size: PAGE_SIZE, ..Default::default() };
     loop {
@@ -150,8 +192,16 @@ pub async fn run(args: LedgerArgs, out: &mut dyn Write) -> Result<(), Failure> {
             };
             let account = Account::of(&ledger);
             match json {
-                true => writeln!(out, "{}", account.json(Some(&id)))?,
-                false => table.row(account.row(&shown(&id))),
+                true => {
+                    let mut line = account.json(Some(&id));
+                    line["missing"] = ledger.missing.iter().map(missing_json).collect();
+                    line["missing_truncated"] = ledger.missing_truncated.into();
+                    writeln!(out, "{line}")?
+                }
+                false => {
+                    table.row(account.row(&shown(&id)));
+                    missing.extend(missing_rows(&shown(&id), &ledger));
+                }
             }
             total.add(&account);
             devices += 1;
@@ -168,6 +218,12 @@ pub async fn run(args: LedgerArgs, out: &mut dyn Write) -> Result<(), Failure> {
         table.row(total.row(&format!("total of {devices}")));
     }
     table.write(out, "")?;
+    if !missing.is_empty() {
+        let mut table = Table::new(&["DEVICE", "STREAM ID", "MISSING", "WHY"]);
+        missing.into_iter().for_each(|row| table.row(row));
+        writeln!(out)?;
+        table.write(out, "")?;
+    }
     let (stored, received) = (total.stored.readings, total.received().readings);
     Ok(writeln!(out, "\nThese are batches. Of {received} readings that were received {stored} are stored.")?)
 }
@@ -175,6 +231,23 @@ pub async fn run(args: LedgerArgs, out: &mut dyn Write) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_missing_is_told_range_by_range_and_that_there_is_more() {
+        let range = |first_sequence, last_sequence, cause: pb::MissingCause| pb::MissingRange {
+            stream_id: vec![7; 16].into(),
+            first_sequence,
+            last_sequence,
+            cause: cause.into(),
+        };
+        let missing = vec![range(2, 4, pb::MissingCause::Lost), range(9, 9, pb::MissingCause::Awaited)];
+        let ledger = pb::Ledger { missing, missing_truncated: true, ..Default::default() };
+        let rows: Vec<String> = missing_rows("pump-1", &ledger).map(|row| row.join(" ")).collect();
+        let id = "07070707-0707-0707-0707-070707070707";
+        let expected =
+            [format!("pump-1 {id} 2-4 lost"), format!("pump-1 {id} 9 awaited"), "pump-1 - more than this gateway has seen lost".to_owned()];
+        assert_eq!(rows, expected);
+    }
 
     #[test]
     fn what_was_received_is_the_sum_of_what_became_of_it() {
@@ -185,13 +258,14 @@ mod tests {
                 pb::RejectedCount { reason: pb::RejectReason::NonFinite.into(), batches: 2, readings: 20 },
                 pb::RejectedCount { reason: pb::RejectReason::Malformed.into(), batches: 1, readings: 0 },
             ],
+            pending: Some(pb::Tally { batches: 1, readings: 5 }),
             lost: Some(pb::Tally { batches: 5, readings: 50 }),
             ..Default::default()
         };
         let mut total = Account::of(&ledger);
         total.add(&Account::of(&ledger));
-        assert_eq!(total.received(), Tally { batches: 14, readings: 120 });
-        assert_eq!(total.row("total")[6], "MALFORMED 2, NON_FINITE 4");
+        assert_eq!(total.received(), Tally { batches: 16, readings: 130 });
+        assert_eq!(total.row("total")[7], "MALFORMED 2, NON_FINITE 4");
         assert_eq!(total.json(None)["rejected"]["NON_FINITE"]["batches"], 4);
         assert_eq!(total.lost, Tally { batches: 10, readings: 100 });
     }

@@ -18,7 +18,7 @@ mod follow;
 mod health;
 mod ledger;
 mod operator;
-mod parse;
+pub(crate) mod parse;
 mod print;
 mod progress;
 mod query;

@@ -60,6 +60,11 @@ pub fn shown(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() }).collect()
 }
 
+/// A stream id as a UUID is written; `-` for what is none.
+pub fn stream_text(id: &[u8]) -> String {
+    uuid::Uuid::from_slice(id).map_or_else(|_| "-".to_owned(), |uuid| uuid.to_string())
+}
+
 /// Rows under headings, each column as wide as its widest cell.
 #[derive(Debug)]
 pub struct Table {

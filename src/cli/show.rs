@@ -6,7 +6,7 @@ use super::{
     configure::{config_json, state_name},
     device::{device_json, get, labels_text, or_dash},
     parse,
-    print::{Table, proto_time, seconds},
+    print::{Table, proto_time, seconds, stream_text},
 };
 use crate::{
     client::Channel,
@@ -113,7 +113,11 @@ impl Shown {
         writeln!(out)?;
         let mut table = Table::new(&["STREAM ID", "LAST SEQUENCE", "LAST RECEIVED"]);
         for stream in &ledger.streams {
-            table.row([stream_id(stream), stream.last_durable_sequence.to_string(), proto_time(stream.last_receive_time.as_ref())]);
+            table.row([
+                stream_text(&stream.stream_id),
+                stream.last_durable_sequence.to_string(),
+                proto_time(stream.last_receive_time.as_ref()),
+            ]);
         }
         table.write(out, "")
     }
@@ -130,7 +134,7 @@ impl Shown {
         let streams: Vec<Json> = (ledger.streams.iter())
             .map(|stream| {
                 let time = proto_time(stream.last_receive_time.as_ref());
-                json!({"stream_id": stream_id(stream), "last_durable_sequence": stream.last_durable_sequence, "last_receive_time": time})
+                json!({"stream_id": stream_text(&stream.stream_id), "last_durable_sequence": stream.last_durable_sequence, "last_receive_time": time})
             })
             .collect();
         Ok(json!({
@@ -147,6 +151,7 @@ impl Shown {
                 "stored": tally(ledger.stored),
                 "duplicate": tally(ledger.duplicate),
                 "rejected": rejected,
+                "pending": tally(ledger.pending),
                 "lost": tally(ledger.lost),
                 "streams": streams,
             },
@@ -187,12 +192,9 @@ fn accounts(ledger: &pb::Ledger) -> Vec<(String, u64, u64)> {
     };
     let mut lines = vec![line("stored", ledger.stored), line("duplicate", ledger.duplicate)];
     lines.extend(ledger.rejected.iter().map(|count| (format!("rejected {}", reason_name(count.reason())), count.batches, count.readings)));
+    lines.push(line("pending", ledger.pending));
     lines.push(line("lost by the device", ledger.lost));
     lines
-}
-
-fn stream_id(stream: &pb::StreamPosition) -> String {
-    uuid::Uuid::from_slice(&stream.stream_id).map_or_else(|_| "-".to_owned(), |uuid| uuid.to_string())
 }
 
 #[cfg(test)]

@@ -68,6 +68,8 @@ pub struct Grpc {
     #[serde(with = "duration")]
     pub unary_deadline_max: Duration,
     #[serde(with = "duration")]
+    pub query_deadline_max: Duration,
+    #[serde(with = "duration")]
     pub streaming_deadline_max: Duration,
     #[serde(with = "duration")]
     pub message_timeout: Duration,
@@ -295,6 +297,7 @@ impl Default for Config {
                 unary_calls_max: 1_024,
                 streaming_calls_max: 20_000,
                 unary_deadline_max: Duration::from_secs(60),
+                query_deadline_max: Duration::from_secs(3600),
                 streaming_deadline_max: Duration::from_secs(24 * 3600),
                 message_timeout: Duration::from_secs(60),
                 unread_timeout: Duration::from_secs(120),

@@ -188,6 +188,11 @@ pub static SETTINGS: &[Setting] = &[
         "How long a unary call may take: the deadline where the client sets none, and the most that it may set.",
     ),
     setting(
+        "grpc.query_deadline_max",
+        seconds(1..=365 * DAY),
+        "How long a query may take until its client has all of the answer, which holds one of query.concurrent_max meanwhile; at most grpc.streaming_deadline_max.",
+    ),
+    setting(
         "grpc.streaming_deadline_max",
         seconds(1..=365 * DAY),
         "How long a streaming call may last: the deadline where the client sets none, and the most that it may set.",

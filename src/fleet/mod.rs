@@ -1,11 +1,13 @@
 //! The devices: who they are, what they measure, and how they are configured.
 
+pub mod account;
 pub mod clock;
 pub mod configs;
 pub mod reconciler;
 pub mod registry;
 pub mod sensors;
 
+pub use account::{DeviceAccount, Missing, MissingCause};
 pub use clock::{ClockOffset, ClockWatch, Exchange};
 pub use configs::{ConfigChange, Configs};
 pub use registry::{Device, Registry};

@@ -2,7 +2,7 @@
 //!
 //! A [`Device`] is loaded when it is first asked for and then shared by all that have to do with it.
 
-use super::{clock::DeviceClock, sensors::Sensors, to_the_end};
+use super::{account::DeviceAccount, clock::DeviceClock, sensors::Sensors, to_the_end};
 use crate::{
     error::{Error, Failure},
     limits::DeviceUsage,
@@ -58,6 +58,8 @@ pub struct Device {
     seen: AtomicI64,
     /// What it has used of what it may.
     pub usage: DeviceUsage,
+    /// What of its account is not in the store.
+    pub account: DeviceAccount,
     row: RwLock<DeviceRow>,
     // Replaced as a whole when a sensor comes or changes, so that the hot path holds no lock while it looks.
     sensors: RwLock<Arc<Sensors>>,
@@ -81,6 +83,7 @@ impl Device {
             clock: DeviceClock::default(),
             seen: AtomicI64::new(NEVER),
             usage: DeviceUsage::default(),
+            account: DeviceAccount::default(),
             row: RwLock::new(row),
             sensors: RwLock::new(Arc::new(Sensors::default().with(sensors))),
             standing: AtomicU8::new(REGISTERED),

@@ -15,6 +15,8 @@
 
 mod admission;
 mod metrics;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod rules;
 mod run;
 mod stall;
 pub mod writer;

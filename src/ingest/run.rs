@@ -3,7 +3,7 @@
 use super::{Ingest, Lane, Outcome, Pending, Reply, admission::Permit};
 use crate::{
     error::Error,
-    fleet::{Device, Sensors},
+    fleet::{Device, Sensors, account::Waiting},
     model::{
         BatchReject, CheckedBatch, StreamId, Timestamp,
         batch::{BatchSensors, RejectReason},
@@ -45,6 +45,7 @@ pub struct Run {
     // What the device had when the run began: a sensor that it has is never taken away.
     sensors: Arc<Sensors>,
     admitted: Permit,
+    waiting: Waiting,
     // The number of the rejected batch that it is: it is judged once more, outside of its stream's order.
     pub(super) dead_letter: Option<i64>,
 }
@@ -106,6 +107,7 @@ impl Ingest {
             bytes: Vec::with_capacity(first.batch.len()),
             sensors: device.sensors(),
             admitted,
+            waiting: device.account.waiting(),
             dead_letter,
         };
         self.push(&mut run, first);
@@ -138,9 +140,10 @@ impl Ingest {
             Ok(checked) => u64::from(checked.summary.readings),
             Err(reject) => reject.readings,
         };
-        // What is replayed was paid for when it came.
+        // What is replayed was paid for, and accounted for, when it came.
         if run.dead_letter.is_none() {
             self.device_limits.spend(&run.device.usage, readings, batch.len());
+            run.waiting.add(readings);
         }
         let begin = run.bytes.len();
         run.bytes.extend_from_slice(&batch);
@@ -208,6 +211,12 @@ impl Run {
             Reply { sequence: batch.sequence, outcome, durable_through: batch.sequence }
         });
         replies.collect()
+    }
+
+    /// Its batches wait no longer: they are in the store, or refused. Before the device is answered, so that it does not find what it was
+    /// told of still waiting.
+    pub(super) fn settle(&mut self) {
+        self.waiting = self.device.account.waiting();
     }
 
     /// The bytes of its batches, one behind the other.

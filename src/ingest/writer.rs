@@ -12,7 +12,7 @@ use super::{Ingest, Outcome, Reply, Run, Submitted, admission::Admission, metric
 use crate::{
     config::Config,
     error::Error,
-    fleet::{ClockWatch, Device, Registry},
+    fleet::{ClockWatch, Device, Missing, MissingCause, Registry},
     limits::DeviceLimits,
     live::{Latest, Publisher, Tail, TailEntry},
     model::{BatchLimits, BatchReject, BatchSummary, CheckedBatch, Position, StreamId, Timestamp, batch::BatchSensors},
@@ -269,6 +269,7 @@ impl Writer {
         }
         let mut replies = Vec::with_capacity(run.len());
         for (number, batch) in run.batches.iter().enumerate() {
+            let expected = change.sequence_after + 1;
             let outcome = match place(&mut change, batch, run.receive_time) {
                 Place::Next => match self.judge(tx, group, run, batch).await? {
                     Ok(summary) => {
@@ -282,8 +283,13 @@ impl Writer {
                     }
                 },
                 Place::Known => Outcome::Duplicate { readings: batch.readings() },
-                Place::Behind { expected } => Outcome::Gap { expected },
+                Place::Behind => Outcome::Gap { expected },
             };
+            if expected < batch.sequence {
+                let cause = if matches!(outcome, Outcome::Gap { .. }) { MissingCause::Awaited } else { MissingCause::Lost };
+                let sequences = expected..=batch.sequence - 1;
+                group.missing.push((index, Missing { stream_id: run.stream_id, sequences, cause }));
+            }
             replies.push(Reply { sequence: batch.sequence, outcome, durable_through: change.sequence_after });
         }
         group.streams.insert(stream, change);
@@ -355,9 +361,13 @@ impl Writer {
             }
         }
         self.metrics.count(&waiting, &group.decisions);
+        for (index, missing) in group.missing {
+            waiting[index].run.device.account.miss(missing);
+        }
         let mut tail = Vec::with_capacity(rows.len());
         let (mut runs, mut replies) = (Vec::with_capacity(waiting.len()), Vec::with_capacity(waiting.len()));
-        for Submitted { run, reply, .. } in waiting {
+        for Submitted { mut run, reply, .. } in waiting {
+            run.settle();
             run.device.see(run.receive_time);
             if let Some(lead) = run.lead(self.time_skew_max) {
                 self.clocks.see(&run.device, lead, run.receive_time);
@@ -398,8 +408,9 @@ impl Writer {
         while let Ok(submitted) = self.receiver.try_recv() {
             waiting.push(submitted);
         }
-        for Submitted { run, reply, .. } in waiting.drain(..) {
+        for Submitted { mut run, reply, .. } in waiting.drain(..) {
             self.metrics.unavailable_batches.increment(run.len() as u64);
+            run.settle();
             let _ = reply.send(Err(Error::StoreUnavailable));
         }
     }
@@ -450,6 +461,8 @@ struct Group {
     streams: BTreeMap<(DeviceKey, StreamId), StreamChange>,
     entries: Vec<Entry>,
     rejections: Vec<NewRejection>,
+    // Of which run, and what.
+    missing: Vec<(usize, Missing)>,
     sensors: HashMap<DeviceKey, StagedSensors>,
     no_sensors: HashMap<String, SensorRow>,
 }
@@ -535,7 +548,7 @@ enum Place {
     /// It was dealt with before.
     Known,
     /// Others have to come before it.
-    Behind { expected: u64 },
+    Behind,
 }
 
 /// Finds a batch's place, and moves the stream on if it is the next one.
@@ -548,7 +561,7 @@ fn place(change: &mut StreamChange, batch: &RunBatch, receive_time: Timestamp) -
     }
     // The sequences that the device says it lost close the hole before this one.
     if batch.leaves_gap(last) {
-        return Place::Behind { expected: last + 1 };
+        return Place::Behind;
     }
     let skipped = batch.sequence - last - 1;
     change.lost.batches = change.lost.batches.saturating_add(skipped);

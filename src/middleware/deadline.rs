@@ -1,16 +1,18 @@
 //! Ends calls at their deadline: the work on them stops, and the client is told.
 //!
-//! A client says how long it waits in `grpc-timeout` (gRPC over HTTP/2); the settings bound it, and stand in for it.
+//! A client says how long it waits in `grpc-timeout` (gRPC over HTTP/2); the settings bound it, and stand in for it, by the
+//! class of the method (`class.rs`).
 //! While a client does not read, HTTP/2 flow control keeps its response from being asked for more, so that a deadline that
 //! passes then takes effect when the client reads on; that it does is `unread`'s concern.
 
-use super::{method::Method, status, unread};
+use super::{class::Class, method::Method, status, unread};
 use crate::{config::Grpc, error::Error};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use std::{
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -28,21 +30,21 @@ const TIMEOUT_DIGITS_MAX: usize = 8;
 pub struct Deadline(pub Instant);
 
 /// Keeps deadlines; see the module.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct DeadlineLayer {
-    unary_max: Duration,
-    streaming_max: Duration,
+    // Of each method, by its index.
+    most: Arc<[Duration]>,
 }
 
 impl DeadlineLayer {
     /// With the bounds of the settings.
     pub fn new(config: &Grpc) -> Self {
-        Self { unary_max: config.unary_deadline_max, streaming_max: config.streaming_deadline_max }
+        Self { most: Method::all().iter().map(|method| Class::of(method).deadline_max(config)).collect() }
     }
 
     /// How long a call of this method with these headers may take.
     fn timeout(&self, method: &Method, headers: &HeaderMap) -> Result<Duration, Error> {
-        let max = if method.streaming { self.streaming_max } else { self.unary_max };
+        let max = self.most[method.index];
         let Some(value) = headers.get(GRPC_TIMEOUT) else { return Ok(max) };
         let asked = parse(value).ok_or_else(|| Error::invalid(GRPC_TIMEOUT, "1 to 8 digits and one of H, M, S, m, u, n are allowed"))?;
         Ok(asked.min(max))
@@ -50,7 +52,7 @@ impl DeadlineLayer {
 }
 
 /// `TimeoutValue TimeoutUnit`.
-fn parse(value: &HeaderValue) -> Option<Duration> {
+pub(crate) fn parse(value: &HeaderValue) -> Option<Duration> {
     let (unit, digits) = value.as_bytes().split_last()?;
     if !(1..=TIMEOUT_DIGITS_MAX).contains(&digits.len()) || !digits.iter().all(u8::is_ascii_digit) {
         return None;
@@ -71,7 +73,7 @@ impl<S> Layer<S> for DeadlineLayer {
     type Service = DeadlineService<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        DeadlineService { inner, limits: *self }
+        DeadlineService { inner, limits: self.clone() }
     }
 }
 
@@ -201,6 +203,7 @@ impl<B: Body<Data = Bytes>> Body for DeadlineBody<B> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Config;
 
     fn timeout(value: &'static str) -> Option<Duration> {
         parse(&HeaderValue::from_static(value))
@@ -220,16 +223,30 @@ mod tests {
         }
     }
 
+    fn settings(unary: u64, query: u64, streaming: u64) -> Grpc {
+        let [unary_deadline_max, query_deadline_max, streaming_deadline_max] = [unary, query, streaming].map(Duration::from_secs);
+        Grpc { unary_deadline_max, query_deadline_max, streaming_deadline_max, ..Config::default().grpc }
+    }
+
+    #[test]
+    fn no_stream_lasts_for_longer_than_all_streams_may() {
+        let layer = DeadlineLayer::new(&settings(60, 1800, 600));
+        let query = Method::of("/tidegate.v1.ReadingService/QueryReadings");
+        assert_eq!(layer.timeout(query, &HeaderMap::new()).expect("none is asked for"), Duration::from_secs(600));
+    }
+
     #[test]
     fn the_settings_bound_what_a_client_asks_for_and_stand_in_for_it() {
-        let layer = DeadlineLayer { unary_max: Duration::from_secs(60), streaming_max: Duration::from_secs(3600) };
+        let layer = DeadlineLayer::new(&settings(60, 1800, 3600));
         let unary = Method::of("/tidegate.v1.TelemetryService/GetUploadPosition");
         let streaming = Method::of("/grpc.health.v1.Health/Watch");
+        let query = Method::of("/tidegate.v1.ReadingService/QueryReadings");
         let asks =
             |value: &'static str| HeaderMap::from_iter([(http::HeaderName::from_static(GRPC_TIMEOUT), HeaderValue::from_static(value))]);
         let seconds = |method, headers| layer.timeout(method, &headers).expect("well-formed").as_secs();
-        assert_eq!((seconds(unary, HeaderMap::new()), seconds(streaming, HeaderMap::new())), (60, 3600));
-        assert_eq!((seconds(unary, asks("61S")), seconds(streaming, asks("61S"))), (60, 61));
+        assert_eq!([unary, query, streaming].map(|method| seconds(method, HeaderMap::new())), [60, 1800, 3600]);
+        assert_eq!([unary, query, streaming].map(|method| seconds(method, asks("61S"))), [60, 61, 61]);
+        assert_eq!([unary, query, streaming].map(|method| seconds(method, asks("2H"))), [60, 1800, 3600]);
         assert!(matches!(layer.timeout(unary, &asks("soon")), Err(Error::InvalidArgument(_))));
     }
 }

@@ -6,9 +6,10 @@
 mod authenticate;
 mod authorize;
 mod body;
+mod class;
 pub mod deadline;
 pub mod drain;
-mod frames;
+pub(crate) mod frames;
 mod method;
 pub mod metrics;
 pub mod pace;

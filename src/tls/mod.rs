@@ -4,7 +4,7 @@
 //! whose client certificate is no longer good ends; who does not finish its handshake does not keep a place.
 
 mod files;
-mod peer;
+pub(crate) mod peer;
 
 pub use files::TlsError;
 pub use peer::PeerCertificate;

@@ -3,11 +3,12 @@
 use crate::support::{
     client::{SECOND, T0, TestDevice, column, devices, encode, frame, nth_batch, nth_temperatures, temperatures},
     database::{Database, on_each_database},
+    eventually,
 };
 use tidegate::{
     error::StatusFacts,
     model::columns::Values,
-    pb::{self, RejectReason},
+    pb::{self, MissingCause, RejectReason},
 };
 use tonic::Code;
 
@@ -16,6 +17,8 @@ on_each_database!(
     a_hole_is_refused_with_the_sequence_that_is_expected_and_what_is_before_it_is_stored,
     sequences_that_the_device_lost_close_the_hole_and_are_accounted_for,
     a_device_that_says_it_lost_more_than_there_can_be_harms_nobody,
+    what_waits_for_its_commit_is_pending,
+    what_is_missing_is_told_by_its_sequences_and_as_awaited_until_it_comes,
     a_batch_that_can_never_be_stored_is_told_counted_and_does_not_block_those_behind_it,
     what_comes_behind_old_readings_is_backlog,
     nan_is_stored_where_the_sensor_allows_it,
@@ -92,6 +95,58 @@ async fn a_device_that_says_it_lost_more_than_there_can_be_harms_nobody(on: Data
     let too_many = pb::UploadRequest { lost_readings: all + 1, ..lossy(10) };
     assert_eq!(device.upload_requests(vec![too_many]).await.expect_err("out of range").code(), Code::InvalidArgument);
     TestDevice::new(&gateway.channel(), "pump-2").upload_nth([1]).await.expect("accepted");
+}
+
+/// Scenario: the database takes no write for a while. Guarantee: what waits is pending in the ledger, until it is stored.
+async fn what_waits_for_its_commit_is_pending(on: Database) {
+    let gateway = on.gateway().await;
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    device.upload_nth([1]).await.expect("accepted");
+    assert_eq!(device.ledger().await.pending, Some(pb::Tally::default()));
+
+    let held = gateway.hold_writes().await;
+    let (uploaded, pending) = tokio::join!(
+        // On a slow machine the gateway may give up the write before all is seen.
+        eventually("it is stored", || async { device.upload_nth([2, 3]).await.ok() }),
+        async {
+            let pending = eventually("it waits", || async { device.ledger().await.pending.filter(|pending| pending.batches > 0) }).await;
+            drop(held);
+            pending
+        }
+    );
+    assert_eq!(pending.readings, pending.batches * 10);
+    assert_eq!(uploaded.last_durable_sequence, 3);
+    let ledger = device.ledger().await;
+    assert_eq!(ledger.stored, Some(pb::Tally { batches: 3, readings: 30 }));
+    assert_eq!(ledger.pending, Some(pb::Tally::default()), "who was answered finds nothing waiting");
+}
+
+async fn what_is_missing_is_told_by_its_sequences_and_as_awaited_until_it_comes(on: Database) {
+    let gateway = on.gateway().await;
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    let missing = async |device: &TestDevice| {
+        let ledger = device.ledger().await;
+        let stream_id = device.request(1, nth_batch(1)).stream_id;
+        assert!(ledger.missing.iter().all(|range| range.stream_id == stream_id));
+        let ranges = ledger.missing.iter().map(|range| (range.first_sequence, range.last_sequence, range.cause()));
+        (ranges.collect::<Vec<_>>(), ledger.missing_truncated)
+    };
+    device.upload_nth([3]).await.expect_err("a stream begins with 1");
+    assert_eq!(missing(&device).await, (vec![(1, 2, MissingCause::Awaited)], false), "also of a stream that has nothing stored");
+    device.upload_nth([1, 5]).await.expect_err("2 is missing");
+    assert_eq!(missing(&device).await, (vec![(2, 4, MissingCause::Awaited)], false));
+    device.upload_nth([2, 3]).await.expect("accepted");
+    assert_eq!(missing(&device).await, (vec![(4, 4, MissingCause::Awaited)], false));
+    let after_loss = pb::UploadRequest { lost_batches: 3, ..device.request(7, nth_batch(7)) };
+    device.upload_requests(vec![after_loss]).await.expect("accepted");
+    assert_eq!(missing(&device).await, (vec![(4, 6, MissingCause::Lost)], false));
+
+    let gateway = gateway.restart().await;
+    let device = device.on(&gateway.channel());
+    assert_eq!(missing(&device).await, (vec![], true), "how much is lost is stored, which sequences are not");
+    let after_loss = pb::UploadRequest { lost_batches: 1, ..device.request(9, nth_batch(9)) };
+    device.upload_requests(vec![after_loss]).await.expect("accepted");
+    assert_eq!(missing(&device).await, (vec![(8, 8, MissingCause::Lost)], true));
 }
 
 async fn a_batch_that_can_never_be_stored_is_told_counted_and_does_not_block_those_behind_it(on: Database) {

@@ -1,6 +1,7 @@
 //! The databases that a gateway may run on, for tests of what must hold on each.
 
 use super::{TestGateway, postgres::PostgresServer};
+use sqlx::{ConnectOptions, Connection, PgConnection, SqliteConnection, sqlite::SqliteConnectOptions};
 use std::path::Path;
 use tidegate::config::{Config, DatabaseUrl, Storage};
 
@@ -33,6 +34,26 @@ impl Database {
             change(config);
         })
         .await
+    }
+}
+
+/// A transaction that others' writes wait for; over when it is dropped.
+pub enum WritesHeld {
+    Sqlite { _connection: SqliteConnection },
+    Postgres { _connection: PgConnection },
+}
+
+impl WritesHeld {
+    pub async fn hold(storage: &Storage) -> Self {
+        if storage.url.is_empty() {
+            let file = SqliteConnectOptions::new().filename(storage.data_dir.join("tidegate.db"));
+            let mut connection = file.connect().await.expect("the database is there");
+            sqlx::query("BEGIN IMMEDIATE").execute(&mut connection).await.expect("nobody writes");
+            return Self::Sqlite { _connection: connection };
+        }
+        let mut connection = PgConnection::connect(storage.url.expose()).await.expect("the server is there");
+        sqlx::raw_sql("BEGIN; LOCK TABLE streams IN EXCLUSIVE MODE").execute(&mut connection).await.expect("nobody writes");
+        Self::Postgres { _connection: connection }
     }
 }
 

@@ -21,6 +21,7 @@ pub mod script;
 pub mod siege;
 pub mod streams;
 
+use database::WritesHeld;
 use std::{future::Future, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 use tempfile::TempDir;
 use tidegate::{app::Gateway, client::Channel, config::Config};
@@ -131,6 +132,12 @@ impl TestGateway {
     /// Where its data is.
     pub fn data_dir(&self) -> &Path {
         self.directory.path()
+    }
+
+    /// Keeps it from writing to its database, which reading is not kept from, until the hold is dropped. A gateway on SQLite gives a write up
+    /// when it has waited for 5 s.
+    pub async fn hold_writes(&self) -> WritesHeld {
+        WritesHeld::hold(&self.config.storage).await
     }
 
     /// The status of a GET.
