@@ -273,7 +273,7 @@ impl Gateway {
         let mut writing = tokio::task::spawn_blocking(move || runtime.block_on(writer.run()));
         let mut serving = match bare {
             true => tokio::spawn(listener.serve(no_layers(routes), stop.clone())),
-            false => tokio::spawn(listener.serve(stack(&config.grpc, &metrics, &doors, &calls, routes), stop.clone())),
+            false => tokio::spawn(listener.serve(stack(&config.grpc, &config.log, &metrics, &doors, &calls, routes), stop.clone())),
         };
         readiness.set(COMPONENT, Ok(()));
 
@@ -387,7 +387,7 @@ impl Services<'_> {
         let config_api = ConfigApi { registry: registry.clone(), configs: configs.clone(), store: store.clone(), audit: audit.clone() };
         let credential = CredentialApi { registry: registry.clone(), directory: directory.clone() };
         let operator = OperatorApi { directory, audit };
-        let reader = Reader::new(store.clone(), &config.query);
+        let reader = Reader::new(store.clone(), &config.query, config.log.slow_query);
         let exporter = Exporter::new(store, registry.clone(), reader.clone(), config.export.concurrent_max);
         let reading = ReadingApi { registry: registry.clone(), reader, exporter };
 

@@ -18,5 +18,5 @@ pub use audit::{AuditLog, PendingEntry};
 pub use authenticator::{Authenticator, Identity};
 pub use directory::{Directory, Issue};
 pub use policy::{Access, Rule};
-pub use principal::{Caller, Ending, Grant, Operator, Principal, Role};
+pub use principal::{Attribution, Caller, Ending, Grant, Operator, Principal, Role};
 pub use token::{NewToken, Presented};

@@ -218,6 +218,12 @@ pub struct Shutdown {
 pub struct Log {
     pub filter: String,
     pub format: String,
+    #[serde(with = "duration")]
+    pub slow_call: Duration,
+    #[serde(with = "duration")]
+    pub slow_commit: Duration,
+    #[serde(with = "duration")]
+    pub slow_query: Duration,
 }
 
 impl Tls {
@@ -314,7 +320,13 @@ impl Default for Config {
             query: Query { readings_max: 5_000_000, bytes_max: 256 * MIB, concurrent_max: 8 },
             export: Export { concurrent_max: 2 },
             shutdown: Shutdown { notice: Duration::ZERO, grace: Duration::from_secs(25) },
-            log: Log { filter: "info".into(), format: "text".into() },
+            log: Log {
+                filter: "info".into(),
+                format: "text".into(),
+                slow_call: Duration::ZERO,
+                slow_commit: Duration::from_secs(1),
+                slow_query: Duration::from_secs(10),
+            },
         }
     }
 }

@@ -426,4 +426,19 @@ pub static SETTINGS: &[Setting] = &[
     setting("shutdown.grace", seconds(1..=3600), "How long stopping may take in all; then what is left is cut off."),
     setting("log.filter", Allowed::LogFilter, "What is logged to standard error."),
     setting("log.format", Allowed::OneOf(&["text", "json"]), "How it is written."),
+    setting(
+        "log.slow_call",
+        seconds(0..=DAY),
+        "How long a unary call may take before it is logged as slow, with who made it and what it was about; streams may take as long as they like. 0s: any time.",
+    ),
+    setting(
+        "log.slow_commit",
+        seconds(0..=DAY),
+        "How long a commit of batches may take before it is logged as slow, at most once in 10 s. 0s: any time.",
+    ),
+    setting(
+        "log.slow_query",
+        seconds(0..=DAY),
+        "How long the database may work for one query or a piece of an export, all in all, before that is logged as slow, at most once in 10 s. 0s: any time.",
+    ),
 ];

@@ -7,6 +7,7 @@ use super::{
     method::Method,
     status::{Outcome, code_name},
 };
+use crate::{auth::Attribution, config};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body::{Body, Frame, SizeHint};
@@ -14,7 +15,7 @@ use std::{
     fmt,
     pin::Pin,
     task::{Context, Poll, ready},
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tonic::transport::server::TcpConnectInfo;
 use tower::{Layer, Service};
@@ -56,14 +57,23 @@ impl fmt::Display for RequestId {
 }
 
 /// Names calls; see the module.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct RequestIdLayer;
+#[derive(Debug, Clone, Copy)]
+pub struct RequestIdLayer {
+    slow_call: Duration,
+}
+
+impl RequestIdLayer {
+    /// What is slow is said by the settings.
+    pub fn new(log: &config::Log) -> Self {
+        Self { slow_call: log.slow_call }
+    }
+}
 
 impl<S> Layer<S> for RequestIdLayer {
     type Service = RequestIdService<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        RequestIdService { inner }
+        RequestIdService { inner, slow_call: self.slow_call }
     }
 }
 
@@ -71,6 +81,7 @@ impl<S> Layer<S> for RequestIdLayer {
 #[derive(Debug, Clone)]
 pub struct RequestIdService<S> {
     inner: S,
+    slow_call: Duration,
 }
 
 impl<S, A, B> Service<Request<A>> for RequestIdService<S>
@@ -90,10 +101,17 @@ where
         let id = RequestId::of(request.headers());
         let peer = request.extensions().get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
         let method = Method::of(request.uri().path());
-        let span = tracing::info_span!("call", method = method.name, request_id = %id, peer = peer.map(tracing::field::display));
+        // Of the highest level, so that it is there for each line that log.filter lets through.
+        let span = tracing::error_span!("call", method = method.name, request_id = %id, peer = peer.map(tracing::field::display));
         request.extensions_mut().insert(id.clone());
-        let inner = span.in_scope(|| self.inner.call(request));
-        RequestIdFuture { inner, id, log: Some(CallLog { span, started: Instant::now(), outcome: Outcome::default() }) }
+        // A stream is not slow when it is long.
+        let slow = (!method.streaming && !self.slow_call.is_zero()).then(|| (self.slow_call, Attribution::default()));
+        if let Some((_, attribution)) = &slow {
+            request.extensions_mut().insert(attribution.clone());
+        }
+        let log = CallLog { span, started: Instant::now(), outcome: Outcome::default(), slow };
+        let inner = log.span.in_scope(|| self.inner.call(request));
+        RequestIdFuture { inner, id, log: Some(log) }
     }
 }
 
@@ -103,13 +121,21 @@ struct CallLog {
     span: Span,
     started: Instant,
     outcome: Outcome,
+    // How long it may take, where that is judged, and who it is that waits.
+    slow: Option<(Duration, Attribution)>,
 }
 
 impl Drop for CallLog {
     fn drop(&mut self) {
         let _entered = self.span.enter();
-        let duration_ms = self.started.elapsed().as_secs_f64() * 1e3;
-        tracing::debug!(status = code_name(self.outcome.code()), duration_ms, "call.ended");
+        let (duration, status) = (self.started.elapsed(), code_name(self.outcome.code()));
+        let duration_ms = duration.as_secs_f64() * 1e3;
+        tracing::debug!(status, duration_ms, "call.ended");
+        if let Some((may_take, attribution)) = &self.slow
+            && duration > *may_take
+        {
+            tracing::warn!(actor = attribution.actor(), resource = attribution.resource(), status, duration_ms, "call.slow");
+        }
     }
 }
 

@@ -72,7 +72,8 @@ async fn handlers_know_their_deadline() {
 #[tokio::test]
 async fn what_the_client_asks_for_is_kept_or_refused() {
     let services = Services::default();
-    let stack = stack(&Config::default().grpc, &Metrics::new(), &doors(), &CallTracker::new(), services.routes().await);
+    let stack =
+        stack(&Config::default().grpc, &Config::default().log, &Metrics::new(), &doors(), &CallTracker::new(), services.routes().await);
     let ask = |timeout: &str| {
         // GetUploadPositionRequest { device: "hang" }
         let message = Body::new(http_body_util::Full::from(&b"\0\0\0\0\x06\x0a\x04hang"[..]));

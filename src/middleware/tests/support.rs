@@ -4,7 +4,7 @@ use crate::{
     api::driven::driven,
     app::listener::{Listener, Stop},
     auth::{AuditLog, Authenticator},
-    config::{Config, Grpc},
+    config::{Config, Grpc, Log},
     error::StatusFacts,
     limits::OperatorLimits,
     middleware::{CallTracker, Deadline, Doors, stack},
@@ -147,13 +147,18 @@ pub struct Gateway {
 impl Gateway {
     /// Starts it with changed settings.
     pub async fn start(change: impl FnOnce(&mut Grpc)) -> Self {
+        Self::start_logging(Config::default().log, change).await
+    }
+
+    /// The same with settings of the log.
+    pub async fn start_logging(log: Log, change: impl FnOnce(&mut Grpc)) -> Self {
         let mut config = Config::default().grpc;
         config.listen.set_port(0);
         change(&mut config);
         let (metrics, calls, stop, services) = (Metrics::new(), CallTracker::new(), Stop::default(), Services::default());
         let listener = Listener::bind(&config, &metrics).await.expect("a free port");
         let address = listener.local_addr();
-        let stack = stack(&config, &metrics, &doors(), &calls, services.routes().await);
+        let stack = stack(&config, &log, &metrics, &doors(), &calls, services.routes().await);
         let serving = tokio::spawn(listener.serve(stack, stop.clone()));
         Self { address, metrics, services, calls, stop, serving }
     }
