@@ -2,9 +2,9 @@
 //! so is the gateway.
 
 use crate::support::{
-    client::{SECOND, T0, TestDevice, temperatures},
+    client::{SECOND, T0, TestDevice, devices, temperatures},
     disk::{FaultyDisk, SmallDisk},
-    health_is, http_get,
+    eventually, health_is, http_get,
     load::{Load, log},
     metric, not_ready,
     process::GatewayProcess,
@@ -13,8 +13,11 @@ use crate::support::{
 };
 use bytes::Bytes;
 use rand::Rng;
-use std::net::SocketAddr;
-use tidegate::error::StatusFacts;
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+use tidegate::{error::StatusFacts, pb};
 use tonic::Code;
 
 /// So that some faults come while the log is merged.
@@ -205,4 +208,54 @@ async fn a_backlog_does_not_hold_up_another_device() {
     let before: u64 = stored[..last].iter().map(|entry| entry.batches).sum();
     let unacknowledged_max = tidegate::config::Config::default().ingest.unacknowledged_batches_max as u64;
     assert!(before <= unacknowledged_max + 3, "{before} batches were before it");
+}
+
+/// Scenario: a disk hangs while a device uploads and an operator registers another one. Guarantee: what took long is in the log, with what
+/// is needed to find out whom it concerned; and what did not is not.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_slow_disk_holds_up_is_told_in_the_log() {
+    let disk = FaultyDisk::new();
+    let gateway = disk.start(&["--log-slow-call=2s", "--log-slow-commit=2s"]).await;
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    device.upload_nth(1..=1).await.expect("accepted");
+    disk.fail("fsync stall");
+    let sending = device.clone();
+    let upload = tokio::spawn(async move { sending.upload_nth(2..=3).await });
+    not_ready(&gateway, "a commit has taken more than").await;
+    let mut registry = devices(&gateway.channel());
+    let create = pb::CreateDeviceRequest { device: Some(pb::Device { id: "pump-2".into(), ..Default::default() }) };
+    let mut create = tonic::Request::new(create);
+    create.metadata_mut().insert("x-request-id", "registering".parse().expect("ASCII"));
+    let creating = tokio::spawn(async move { registry.create_device(create).await });
+    let in_flight = "tidegate_grpc_requests_in_flight{method=\"tidegate.v1.DeviceService/CreateDevice\"}";
+    let held_up = || async {
+        let (_, text) = http_get(gateway.http, "/metrics").await?;
+        (metric(&text, in_flight)? > 0.0).then_some(())
+    };
+    eventually("it is held up, too", held_up).await;
+    let began = Instant::now();
+    eventually("for longer than is quick", || async { (began.elapsed() > Duration::from_millis(2_500)).then_some(()) }).await;
+    disk.heal();
+    soon("the upload ends", upload).await.expect("no panic").expect("accepted");
+    soon("it is registered", creating).await.expect("no panic").expect("registered");
+    device.upload_nth(4..=4).await.expect("accepted");
+
+    let lines = |event: &'static str| {
+        let gateway = &gateway;
+        eventually(event, move || async move {
+            let lines: Vec<serde_json::Value> = gateway.log().lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+            let told: Vec<_> = lines.into_iter().filter(|line| line["message"] == event).collect();
+            (!told.is_empty()).then_some(told)
+        })
+    };
+    let (commits, calls) = (lines("commit.slow").await, lines("call.slow").await);
+    assert_eq!((commits.len(), calls.len()), (1, 1), "{commits:?} {calls:?}");
+    assert_eq!(
+        (&commits[0]["batches"], &commits[0]["readings"], &commits[0]["left_out"]),
+        (&2.into(), &20.into(), &0.into()),
+        "{commits:?}"
+    );
+    assert!(commits[0]["bytes"].as_u64() > Some(0) && commits[0]["duration_ms"].as_f64() > Some(2_000.0), "{commits:?}");
+    assert_eq!((&calls[0]["resource"], &calls[0]["status"]), (&"devices/pump-2".into(), &"OK".into()), "{calls:?}");
+    assert_eq!((&calls[0]["span"]["request_id"], &calls[0]["level"]), (&"registering".into(), &"WARN".into()), "{calls:?}");
 }
