@@ -14,7 +14,7 @@ use crate::{
     api::{ConfigApi, CredentialApi, DeadLetterApi, DeviceApi, DeviceLinkApi, LiveApi, OperatorApi, ReadingApi, TelemetryApi},
     auth::{AuditLog, Authenticator, Directory},
     config::{AuthMode, Config},
-    fleet::{ClockWatch, Configs, Registry, reconciler},
+    fleet::{ClockWatch, Configs, Registry, reconciler, silence},
     history::{Exporter, Reader, Upkeep},
     http::HttpServer,
     ingest::{
@@ -253,6 +253,7 @@ impl Gateway {
         tasks.spawn(peers.run(background.clone()));
         let interval = config.devices.reconcile_interval;
         tasks.spawn(reconciler::run(store.clone(), registry, interval, background.clone()));
+        tasks.spawn(silence::watch(store.clone(), config.devices.silent_after, metrics.clone(), background.clone()));
         tasks.spawn(run_purge(store.clone(), purge, background.clone()));
         tasks.spawn(health.clone().follow(readiness.clone(), metrics.clone(), background.clone()));
         tasks.spawn(doors.audit.clone().keep_short(background.clone()));

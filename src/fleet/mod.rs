@@ -5,6 +5,7 @@ pub mod configs;
 pub mod reconciler;
 pub mod registry;
 pub mod sensors;
+pub mod silence;
 
 pub use clock::{ClockOffset, ClockWatch, Exchange};
 pub use configs::{ConfigChange, Configs};

@@ -152,6 +152,8 @@ pub const STORAGE_BYTES: &str = "tidegate_storage_bytes";
 pub const STORAGE_FREE_BYTES: &str = "tidegate_storage_free_bytes";
 /// Devices whose clocks are off. `direction`: `ahead`, `behind`.
 pub const DEVICES_CLOCK_OFF: &str = "tidegate_devices_clock_off";
+/// Devices of which nothing comes in.
+pub const DEVICES_SILENT: &str = "tidegate_devices_silent";
 /// The gateway's clock.
 pub const CLOCK: &str = "tidegate_clock_seconds";
 /// Always 1. `version`: the version of the running gateway.
@@ -264,6 +266,13 @@ pub static METRICS: &[Metric] = &[
         "devices",
         &["direction"],
         "Devices that this gateway has seen whose clocks are further off than devices.clock_offset_max, by direction.",
+    ),
+    metric(
+        DEVICES_SILENT,
+        Kind::Gauge,
+        "devices",
+        &[],
+        "Devices that sent no batch for devices.silent_after, by what is stored: all gateways on one database tell the same number.",
     ),
     metric(
         BACKLOG_BATCHES,
