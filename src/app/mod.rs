@@ -13,6 +13,7 @@ mod space;
 use crate::{
     api::{ConfigApi, CredentialApi, DeadLetterApi, DeviceApi, DeviceLinkApi, LiveApi, OperatorApi, ReadingApi, TelemetryApi},
     auth::{AuditLog, Authenticator, Directory},
+    client::ChannelError,
     config::{AuthMode, Config},
     fleet::{ClockWatch, Configs, Registry, reconciler, silence},
     history::{Exporter, Reader, Upkeep},
@@ -23,11 +24,12 @@ use crate::{
     },
     limits::OperatorLimits,
     live::{Latest, Tail, follower::Sources},
-    middleware::{CallTracker, Doors, no_layers, stack},
+    middleware::{CallReports, CallTracker, Doors, no_layers, stack},
     pb,
     store::{Store, StoreError},
     telemetry::{Metrics, Readiness},
     tls::{Tls, TlsError},
+    trace::{self, SpanExporter},
 };
 use listener::{Listener, Stop};
 use peers::Peers;
@@ -71,6 +73,9 @@ pub enum StartError {
     /// The TLS files can't be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// Spans can't be sent to `tracing.otlp_endpoint`.
+    #[error("tracing.otlp_endpoint can't be used")]
+    Tracing(#[source] ChannelError),
     /// The descriptor set can't be served.
     #[error("the reflection service can't be built")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -95,6 +100,8 @@ pub struct Gateway {
     listener: Listener,
     tls: Option<Tls>,
     doors: Doors,
+    reports: CallReports,
+    exporter: Option<SpanExporter>,
     reload: Arc<Notify>,
     http: HttpServer,
     // Whether there are no layers around the services: see `build_bare`.
@@ -125,6 +132,8 @@ impl Gateway {
         // Before the store is opened: what can't be listened on should not touch the data.
         let listen_error = |setting, address| move |source| StartError::Listen { setting, address, source };
         let tls = Tls::load(&config.tls, &metrics)?;
+        let (tracer, exporter) = trace::exporter(&config.tracing, &metrics).map_err(StartError::Tracing)?.unzip();
+        let reports = CallReports { slow_call: config.log.slow_call, tracer };
         let listener = Listener::bind(&config.grpc, &metrics).await.map_err(listen_error("grpc.listen", config.grpc.listen))?;
         let listener = listener.with_tls(tls.clone());
         let http = HttpServer::bind(config.http.listen).await.map_err(listen_error("http.listen", config.http.listen))?;
@@ -174,6 +183,8 @@ impl Gateway {
             listener,
             tls,
             doors,
+            reports,
+            exporter,
             reload: Arc::default(),
             http,
             bare: false,
@@ -227,6 +238,8 @@ impl Gateway {
             listener,
             tls,
             doors,
+            reports,
+            exporter,
             reload,
             http,
             bare,
@@ -257,6 +270,9 @@ impl Gateway {
         tasks.spawn(run_purge(store.clone(), purge, background.clone()));
         tasks.spawn(health.clone().follow(readiness.clone(), metrics.clone(), background.clone()));
         tasks.spawn(doors.audit.clone().keep_short(background.clone()));
+        if let Some(exporter) = exporter {
+            tasks.spawn(exporter.run(background.clone()));
+        }
         if let Some(tls) = tls {
             tasks.spawn(tls.watch(reload, background.clone()));
         }
@@ -274,7 +290,7 @@ impl Gateway {
         let mut writing = tokio::task::spawn_blocking(move || runtime.block_on(writer.run()));
         let mut serving = match bare {
             true => tokio::spawn(listener.serve(no_layers(routes), stop.clone())),
-            false => tokio::spawn(listener.serve(stack(&config.grpc, &config.log, &metrics, &doors, &calls, routes), stop.clone())),
+            false => tokio::spawn(listener.serve(stack(&config.grpc, reports, &metrics, &doors, &calls, routes), stop.clone())),
         };
         readiness.set(COMPONENT, Ok(()));
 

@@ -114,3 +114,14 @@ fn limits_that_relate_are_checked_together() {
     let keys: Vec<&str> = found.iter().map(|wrong| wrong.key.as_str()).collect();
     assert_eq!(keys, ["ingest.batch_bytes_max", "export.concurrent_max", "shutdown.notice"]);
 }
+
+#[test]
+fn a_collectors_address_has_a_scheme_and_a_share_is_at_most_all() {
+    let flags = [("tracing.otlp_endpoint", "collector:4317"), ("tracing.sample_ratio", "1.5"), ("tracing.service_name", "")];
+    let keys: Vec<String> = wrong(load(&[], &flags)).into_iter().map(|wrong| wrong.key).collect();
+    assert_eq!(keys, ["tracing.otlp_endpoint", "tracing.sample_ratio", "tracing.service_name"]);
+    for (text, ratio) in [("1", 1.0), ("0", 0.0), ("0.25", 0.25)] {
+        let flags = [("tracing.otlp_endpoint", "https://collector:4317"), ("tracing.sample_ratio", text)];
+        assert_eq!(load(&[], &flags).expect("allowed").tracing.sample_ratio, ratio);
+    }
+}

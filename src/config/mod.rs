@@ -43,6 +43,7 @@ pub struct Config {
     pub export: Export,
     pub shutdown: Shutdown,
     pub log: Log,
+    pub tracing: Tracing,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -226,6 +227,14 @@ pub struct Log {
     pub slow_query: Duration,
 }
 
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "SETTINGS documents each")]
+pub struct Tracing {
+    pub otlp_endpoint: String,
+    pub sample_ratio: f64,
+    pub service_name: String,
+}
+
 impl Tls {
     /// Each with the key of its setting, and the file without which it means nothing.
     fn files_that_need_others(&self) -> [(&'static str, &Path, &'static str, &Path); 4] {
@@ -327,6 +336,7 @@ impl Default for Config {
                 slow_commit: Duration::from_secs(1),
                 slow_query: Duration::from_secs(10),
             },
+            tracing: Tracing { otlp_endpoint: String::new(), sample_ratio: 0.01, service_name: "tidegate".into() },
         }
     }
 }
@@ -535,11 +545,15 @@ impl Provider for One {
 
     fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
         let value = match self.setting.allowed {
-            Allowed::Flag | Allowed::Count(_) | Allowed::Bytes(_) => self.value.parse().unwrap_or_else(|_| Value::from(self.value.clone())),
+            Allowed::Flag | Allowed::Count(_) | Allowed::Bytes(_) | Allowed::Ratio => {
+                self.value.parse().unwrap_or_else(|_| Value::from(self.value.clone()))
+            }
             Allowed::Address
             | Allowed::Path
             | Allowed::File
             | Allowed::DatabaseUrl
+            | Allowed::HttpUrl
+            | Allowed::Name
             | Allowed::Duration(_)
             | Allowed::OneOf(_)
             | Allowed::LogFilter => Value::from(self.value.clone()),

@@ -4,6 +4,9 @@ use super::DatabaseUrl;
 use figment::value::Value;
 use std::{fmt, net::SocketAddr, ops::RangeInclusive, time::Duration};
 
+/// How long a name may be.
+const NAME_BYTES_MAX: usize = 255;
+
 /// One setting.
 #[derive(Debug)]
 pub struct Setting {
@@ -28,6 +31,12 @@ pub enum Allowed {
     File,
     /// Where a PostgreSQL database is; may be empty.
     DatabaseUrl,
+    /// Where something is that is spoken to over HTTP; may be empty.
+    HttpUrl,
+    /// What people call something.
+    Name,
+    /// A share of all.
+    Ratio,
     /// A number of things.
     Count(RangeInclusive<u64>),
     /// A number of bytes.
@@ -65,6 +74,9 @@ impl Allowed {
             Self::Path => value.as_str().is_some_and(|text| !text.is_empty()),
             Self::File => value.as_str().is_some(),
             Self::DatabaseUrl => value.as_str().is_some_and(DatabaseUrl::is_allowed),
+            Self::HttpUrl => value.as_str().is_some_and(|text| text.is_empty() || is_http_url(text)),
+            Self::Name => value.as_str().is_some_and(|text| (1..=NAME_BYTES_MAX).contains(&text.len()) && !text.contains(char::is_control)),
+            Self::Ratio => value.to_f64().or(number.map(|number| number as f64)).is_some_and(|ratio| (0.0..=1.0).contains(&ratio)),
             Self::Count(range) | Self::Bytes(range) => number.is_some_and(|number| range.contains(&number)),
             Self::Duration(range) => value.as_str().and_then(super::parse_duration).is_some_and(|duration| range.contains(&duration)),
             Self::OneOf(words) => value.as_str().is_some_and(|text| words.contains(&text)),
@@ -80,6 +92,9 @@ impl Allowed {
             Self::Path => "DIR",
             Self::File => "FILE",
             Self::DatabaseUrl => "URL",
+            Self::HttpUrl => "URL",
+            Self::Name => "NAME",
+            Self::Ratio => "RATIO",
             Self::Count(_) => "N",
             Self::Bytes(_) => "BYTES",
             Self::Duration(_) => "DURATION",
@@ -97,6 +112,9 @@ impl fmt::Display for Allowed {
             Self::Path => f.write_str("a directory"),
             Self::File => f.write_str("a file, or empty"),
             Self::DatabaseUrl => f.write_str("postgres://USER:PASSWORD@HOST:PORT/DATABASE, or empty; `***` is not a password"),
+            Self::HttpUrl => f.write_str("an http or https address, or empty"),
+            Self::Name => write!(f, "1 to {NAME_BYTES_MAX} bytes without control characters"),
+            Self::Ratio => f.write_str("0 to 1"),
             Self::Count(range) => write!(f, "{} to {}", range.start(), range.end()),
             Self::Bytes(range) => write!(f, "{} to {} bytes", range.start(), range.end()),
             Self::Duration(range) => write!(f, "a duration of {:#} to {:#}", friendly(range.start()), friendly(range.end())),
@@ -104,6 +122,11 @@ impl fmt::Display for Allowed {
             Self::LogFilter => f.write_str("directives such as info or info,tidegate=debug"),
         }
     }
+}
+
+fn is_http_url(text: &str) -> bool {
+    let Ok(uri) = text.parse::<http::Uri>() else { return false };
+    matches!(uri.scheme_str(), Some("http" | "https")) && uri.authority().is_some_and(|authority| !authority.host().is_empty())
 }
 
 fn friendly(duration: &Duration) -> jiff::SignedDuration {
@@ -441,4 +464,15 @@ pub static SETTINGS: &[Setting] = &[
         seconds(0..=DAY),
         "How long the database may work for one query or a piece of an export, all in all, before that is logged as slow, at most once in 10 s. 0s: any time.",
     ),
+    setting(
+        "tracing.otlp_endpoint",
+        Allowed::HttpUrl,
+        "Where spans of calls are sent by OpenTelemetry's protocol (OTLP over gRPC), such as http://127.0.0.1:4317; empty: nowhere.",
+    ),
+    setting(
+        "tracing.sample_ratio",
+        Allowed::Ratio,
+        "Which share of traces is recorded, of those whose caller does not say that it records them; those whose caller does are recorded always.",
+    ),
+    setting("tracing.service_name", Allowed::Name, "What the gateway is called in traces (service.name)."),
 ];

@@ -42,4 +42,5 @@ mod sql;
 mod store;
 mod store_failure;
 mod tls;
+mod traces;
 mod upload;

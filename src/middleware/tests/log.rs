@@ -4,6 +4,7 @@
 use super::support::{Gateway, eventually, follow, position_of, soon};
 use crate::{
     config::{Config, Log},
+    middleware::CallReports,
     telemetry::logs,
 };
 use parking_lot::Mutex;
@@ -52,6 +53,8 @@ async fn every_line_about_a_call_has_its_id() {
     let gateway = Gateway::start(|_| ()).await;
     let mut unary = Request::new(position_of("panic"));
     unary.metadata_mut().insert("x-request-id", "first".parse().expect("ASCII"));
+    let traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    unary.metadata_mut().insert("traceparent", traceparent.parse().expect("ASCII"));
     gateway.telemetry().await.get_upload_position(unary).await.expect_err("it panics");
     let mut stream = Request::new(follow("panic"));
     stream.metadata_mut().insert("x-request-id", "second".parse().expect("ASCII"));
@@ -70,6 +73,9 @@ async fn every_line_about_a_call_has_its_id() {
         assert!(end["span"]["peer"].as_str().is_some_and(|peer| peer.starts_with("127.0.0.1:")), "{end}");
         assert!(end["duration_ms"].is_f64(), "{end}");
     }
+    let trace_id = |index: usize| ends[index]["span"]["trace_id"].as_str().expect("a text");
+    assert_eq!((trace_id(0), trace_id(1).len()), ("0af7651916cd43dd8448eb211c80319c", 32));
+    assert_ne!(trace_id(0), trace_id(1), "the second began a trace");
 }
 
 /// Scenario: of the log only warnings are wanted; whatever takes any time is slow. Guarantee: a unary call is told of with its id and its
@@ -79,7 +85,7 @@ async fn a_slow_call_is_told_of_once_and_a_long_stream_is_not() {
     let (lines, _guards) = log_of_this_thread("off,tidegate=warn");
     for (slow_call, told) in [(Duration::from_nanos(1), 1), (Duration::ZERO, 0), (Duration::from_secs(3600), 0)] {
         lines.0.lock().clear();
-        let gateway = Gateway::start_logging(Log { slow_call, ..Config::default().log }, |_| ()).await;
+        let gateway = Gateway::start_reporting(CallReports { slow_call, tracer: None }, |_| ()).await;
         let mut stream = gateway.live().await.follow(follow("")).await.expect("it begins").into_inner();
         while soon("the stream ends", stream.message()).await.expect("well").is_some() {}
         let mut unary = Request::new(position_of("quick"));
