@@ -4,9 +4,9 @@ use parking_lot::Mutex;
 use std::time::{Duration, Instant};
 
 /// How long after a line there is no other one of its kind.
-pub const INTERVAL: Duration = Duration::from_secs(10);
+const INTERVAL: Duration = Duration::from_secs(10);
 
-/// Lets one line of a kind pass in each [`INTERVAL`], and counts those that it leaves out.
+/// Lets one line of a kind pass in ten seconds, and counts those that it leaves out.
 #[derive(Debug, Default)]
 pub struct Sparing(Mutex<Told>);
 
