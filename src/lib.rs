@@ -47,6 +47,7 @@ pub mod pb;
 pub mod store;
 pub mod telemetry;
 pub mod tls;
+pub mod trace;
 
 #[cfg(test)]
 mod docs_tests;

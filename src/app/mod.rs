@@ -13,8 +13,9 @@ mod space;
 use crate::{
     api::{ConfigApi, CredentialApi, DeadLetterApi, DeviceApi, DeviceLinkApi, LiveApi, OperatorApi, ReadingApi, TelemetryApi},
     auth::{AuditLog, Authenticator, Directory, Oidc, OidcError},
+    client::ChannelError,
     config::{AuthMode, Config},
-    fleet::{ClockWatch, Configs, Registry, reconciler},
+    fleet::{ClockWatch, Configs, Registry, reconciler, silence},
     history::{Exporter, Reader, Upkeep},
     http::HttpServer,
     ingest::{
@@ -23,11 +24,12 @@ use crate::{
     },
     limits::OperatorLimits,
     live::{Latest, Tail, follower::Sources},
-    middleware::{CallTracker, Doors, no_layers, stack},
+    middleware::{CallReports, CallTracker, Doors, no_layers, stack},
     pb,
     store::{Store, StoreError},
     telemetry::{Metrics, Readiness},
     tls::{Tls, TlsError},
+    trace::{self, SpanExporter},
 };
 use listener::{Listener, Stop};
 use peers::Peers;
@@ -74,6 +76,9 @@ pub enum StartError {
     /// The keys of the OpenID Connect provider can't be used.
     #[error(transparent)]
     Oidc(#[from] OidcError),
+    /// Spans can't be sent to `tracing.otlp_endpoint`.
+    #[error("tracing.otlp_endpoint can't be used")]
+    Tracing(#[source] ChannelError),
     /// The descriptor set can't be served.
     #[error("the reflection service can't be built")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -99,6 +104,8 @@ pub struct Gateway {
     tls: Option<Tls>,
     oidc: Option<Oidc>,
     doors: Doors,
+    reports: CallReports,
+    exporter: Option<SpanExporter>,
     reload: Arc<Notify>,
     http: HttpServer,
     // Whether there are no layers around the services: see `build_bare`.
@@ -130,6 +137,8 @@ impl Gateway {
         let listen_error = |setting, address| move |source| StartError::Listen { setting, address, source };
         let tls = Tls::load(&config.tls, &metrics)?;
         let oidc = Oidc::load(&config.oidc, &metrics).await?;
+        let (tracer, exporter) = trace::exporter(&config.tracing, &metrics).map_err(StartError::Tracing)?.unzip();
+        let reports = CallReports { slow_call: config.log.slow_call, tracer };
         let listener = Listener::bind(&config.grpc, &metrics).await.map_err(listen_error("grpc.listen", config.grpc.listen))?;
         let listener = listener.with_tls(tls.clone());
         let http = HttpServer::bind(config.http.listen).await.map_err(listen_error("http.listen", config.http.listen))?;
@@ -180,6 +189,8 @@ impl Gateway {
             tls,
             oidc,
             doors,
+            reports,
+            exporter,
             reload: Arc::default(),
             http,
             bare: false,
@@ -234,6 +245,8 @@ impl Gateway {
             tls,
             oidc,
             doors,
+            reports,
+            exporter,
             reload,
             http,
             bare,
@@ -260,6 +273,7 @@ impl Gateway {
         tasks.spawn(peers.run(background.clone()));
         let interval = config.devices.reconcile_interval;
         tasks.spawn(reconciler::run(store.clone(), registry, interval, background.clone()));
+        tasks.spawn(silence::watch(store.clone(), config.devices.silent_after, metrics.clone(), background.clone()));
         tasks.spawn(run_purge(store.clone(), purge, background.clone()));
         tasks.spawn(health.clone().follow(readiness.clone(), metrics.clone(), background.clone()));
         tasks.spawn(doors.audit.clone().keep_short(background.clone()));
@@ -267,6 +281,9 @@ impl Gateway {
         if let Some(oidc) = oidc {
             // Not until the end of the calls: those that wait for it would be waited for.
             tasks.spawn(oidc.run(stop.drain.clone()));
+        }
+        if let Some(exporter) = exporter {
+            tasks.spawn(exporter.run(background.clone()));
         }
         tasks.spawn(space::watch(store.clone(), config.storage.clone(), metrics.clone(), background.clone()));
         let http_stop = background.clone();
@@ -282,7 +299,7 @@ impl Gateway {
         let mut writing = tokio::task::spawn_blocking(move || runtime.block_on(writer.run()));
         let mut serving = match bare {
             true => tokio::spawn(listener.serve(no_layers(routes), stop.clone())),
-            false => tokio::spawn(listener.serve(stack(&config.grpc, &metrics, &doors, &calls, routes), stop.clone())),
+            false => tokio::spawn(listener.serve(stack(&config.grpc, reports, &metrics, &doors, &calls, routes), stop.clone())),
         };
         readiness.set(COMPONENT, Ok(()));
 
@@ -414,7 +431,7 @@ impl Services<'_> {
         let config_api = ConfigApi { registry: registry.clone(), configs: configs.clone(), store: store.clone(), audit: audit.clone() };
         let credential = CredentialApi { registry: registry.clone(), directory: directory.clone() };
         let operator = OperatorApi { directory, audit };
-        let reader = Reader::new(store.clone(), &config.query);
+        let reader = Reader::new(store.clone(), &config.query, config.log.slow_query);
         let exporter = Exporter::new(store, registry.clone(), reader.clone(), config.export.concurrent_max);
         let reading = ReadingApi { registry: registry.clone(), reader, exporter };
 

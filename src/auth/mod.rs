@@ -20,5 +20,5 @@ pub use authenticator::{Authenticator, Identity};
 pub use directory::{Directory, Issue};
 pub use oidc::{Oidc, OidcError};
 pub use policy::{Access, Rule};
-pub use principal::{Caller, Ending, Grant, Operator, Principal, Role};
+pub use principal::{Attribution, Caller, Ending, Grant, Operator, Principal, Role};
 pub use token::{NewToken, Presented};

@@ -12,7 +12,7 @@ use http::Extensions;
 use parking_lot::Mutex;
 use std::{
     pin::Pin,
-    sync::{Arc, LazyLock},
+    sync::{Arc, LazyLock, OnceLock},
     task::{Context, Poll},
     time::Duration,
 };
@@ -182,6 +182,27 @@ impl Future for Ending {
     }
 }
 
+/// Who made a call, and what it was about, as far as that is found out on its way in: for who tells of its end. In the extensions of its
+/// request. Cheap to clone: all clones are one.
+#[derive(Debug, Clone, Default)]
+pub struct Attribution(Arc<(OnceLock<Arc<Grant>>, OnceLock<String>)>);
+
+impl Attribution {
+    /// Who has the call: `operators/alice`. Empty where nobody was asked, or not yet.
+    pub fn actor(&self) -> String {
+        self.0.0.get().map(|grant| grant.actor()).unwrap_or_default()
+    }
+
+    /// The first thing that the call was about: `devices/pump-1`. Empty where it came to none.
+    pub fn resource(&self) -> &str {
+        self.0.1.get().map_or("", String::as_str)
+    }
+
+    fn set_resource(&self, resource: impl FnOnce() -> String) {
+        self.0.1.get_or_init(resource);
+    }
+}
+
 /// Who makes this call. In the extensions of its request.
 #[derive(Debug, Clone)]
 pub struct Caller {
@@ -189,6 +210,7 @@ pub struct Caller {
     pub grant: Arc<Grant>,
     /// What the call is about, where that is noted.
     pub resource: Option<Arc<Mutex<String>>>,
+    attribution: Attribution,
 }
 
 static EVERY_DEVICE: LazyLock<LabelSelector> = LazyLock::new(LabelSelector::default);
@@ -196,7 +218,13 @@ static EVERY_DEVICE: LazyLock<LabelSelector> = LazyLock::new(LabelSelector::defa
 impl Caller {
     /// Who has a grant.
     pub fn new(grant: Arc<Grant>) -> Self {
-        Self { grant, resource: None }
+        Self { grant, resource: None, attribution: Attribution::default() }
+    }
+
+    /// Who has a grant, and is to be named when it is told how the call went.
+    pub fn attributed(grant: Arc<Grant>, attribution: Attribution) -> Self {
+        attribution.0.0.get_or_init(|| grant.clone());
+        Self { attribution, ..Self::new(grant) }
     }
 
     /// Who makes a request: nobody, unless it came through the layers that find out.
@@ -207,13 +235,16 @@ impl Caller {
 
     /// Says what the call is about, for the audit log.
     pub fn about(&self, resource: impl Into<String>) {
+        let resource = resource.into();
+        self.attribution.set_resource(|| resource.clone());
         if let Some(noted) = &self.resource {
-            *noted.lock() = resource.into();
+            *noted.lock() = resource;
         }
     }
 
     /// Whether it may do what is a device's own.
     pub fn may_act_as(&self, device: &DeviceId) -> Result<(), Error> {
+        self.attribution.set_resource(|| format!("devices/{device}"));
         match &self.grant.principal {
             Principal::Open => Ok(()),
             Principal::Device(own) if own == device => Ok(()),
@@ -246,6 +277,7 @@ impl Caller {
     /// A device that is in its scope. Who may not see every device is told of one that is not there what it is told of one that it
     /// may not see (AIP-211).
     pub async fn device(&self, registry: &Registry, id: &DeviceId) -> Result<Arc<Device>, Failure> {
+        self.attribution.set_resource(|| format!("devices/{id}"));
         let found = registry.get(id).await;
         if self.scope().is_empty() {
             return found;

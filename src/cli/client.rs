@@ -57,7 +57,7 @@ impl ClientArgs {
             }
             Failure::Unreachable { endpoint: self.endpoint.clone(), why: why.to_string() }
         })?;
-        Channel::new(connected, credentials.token.as_deref()).map_err(unusable)
+        Ok(Channel::new(connected, credentials.token.as_deref()).map_err(unusable)?.in_one_trace())
     }
 
     /// A unary request with the deadline.

@@ -1,5 +1,6 @@
 //! The way to a gateway, with what shows who comes along it.
 
+use crate::trace::{TRACEPARENT, TraceParent};
 use http::{HeaderValue, Request, Response, header::AUTHORIZATION};
 use std::{
     fmt,
@@ -54,6 +55,7 @@ pub enum ChannelError {
 pub struct Channel {
     inner: transport::Channel,
     authorization: Option<HeaderValue>,
+    trace: Option<TraceParent>,
 }
 
 impl Channel {
@@ -63,19 +65,25 @@ impl Channel {
         let mut authorization = token.map(header).transpose().map_err(|_| ChannelError::Token)?;
         // Not to be shown in any log.
         authorization.iter_mut().for_each(|value| value.set_sensitive(true));
-        Ok(Self { inner, authorization })
+        Ok(Self { inner, authorization, trace: None })
     }
 
     /// The same connection, for somebody else: each call shows `token`.
     pub fn with_token(&self, token: &str) -> Result<Self, ChannelError> {
-        Self::new(self.inner.clone(), Some(token))
+        Ok(Self { trace: self.trace, ..Self::new(self.inner.clone(), Some(token))? })
+    }
+
+    /// The same connection, all of whose calls are of one trace, which the gateway is asked to record: what a person asks for. Otherwise each
+    /// call begins a trace of its own, of which the gateway records as many as it is set to.
+    pub fn in_one_trace(self) -> Self {
+        Self { trace: Some(TraceParent { sampled: true, ..TraceParent::new_trace() }), ..self }
     }
 }
 
 /// Without a token.
 impl From<transport::Channel> for Channel {
     fn from(inner: transport::Channel) -> Self {
-        Self { inner, authorization: None }
+        Self { inner, authorization: None, trace: None }
     }
 }
 
@@ -92,6 +100,8 @@ impl Service<Request<Body>> for Channel {
         if let Some(value) = &self.authorization {
             request.headers_mut().insert(AUTHORIZATION, value.clone());
         }
+        let trace = self.trace.map_or_else(TraceParent::new_trace, TraceParent::next_span);
+        request.headers_mut().entry(TRACEPARENT).or_insert_with(|| trace.to_header());
         self.inner.call(request)
     }
 }

@@ -132,3 +132,14 @@ fn what_is_said_of_a_provider_goes_together() {
     assert_eq!(keys(&[required, issuer, audience, ("oidc.jwks", "jwks.json"), ("oidc.ca_file", "ca.pem")]), ["oidc.ca_file"]);
     assert_eq!(keys(&[required, ("oidc.role_claim", "")]), ["oidc.role_claim"]);
 }
+
+#[test]
+fn a_collectors_address_has_a_scheme_and_a_share_is_at_most_all() {
+    let flags = [("tracing.otlp_endpoint", "collector:4317"), ("tracing.sample_ratio", "1.5"), ("tracing.service_name", "")];
+    let keys: Vec<String> = wrong(load(&[], &flags)).into_iter().map(|wrong| wrong.key).collect();
+    assert_eq!(keys, ["tracing.otlp_endpoint", "tracing.sample_ratio", "tracing.service_name"]);
+    for (text, ratio) in [("1", 1.0), ("0", 0.0), ("0.25", 0.25)] {
+        let flags = [("tracing.otlp_endpoint", "https://collector:4317"), ("tracing.sample_ratio", text)];
+        assert_eq!(load(&[], &flags).expect("allowed").tracing.sample_ratio, ratio);
+    }
+}

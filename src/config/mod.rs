@@ -46,6 +46,7 @@ pub struct Config {
     pub export: Export,
     pub shutdown: Shutdown,
     pub log: Log,
+    pub tracing: Tracing,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -239,6 +240,20 @@ pub struct Shutdown {
 pub struct Log {
     pub filter: String,
     pub format: String,
+    #[serde(with = "duration")]
+    pub slow_call: Duration,
+    #[serde(with = "duration")]
+    pub slow_commit: Duration,
+    #[serde(with = "duration")]
+    pub slow_query: Duration,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "SETTINGS documents each")]
+pub struct Tracing {
+    pub otlp_endpoint: String,
+    pub sample_ratio: f64,
+    pub service_name: String,
 }
 
 impl Tls {
@@ -372,7 +387,14 @@ impl Default for Config {
             query: Query { readings_max: 5_000_000, bytes_max: 256 * MIB, concurrent_max: 8 },
             export: Export { concurrent_max: 2 },
             shutdown: Shutdown { notice: Duration::ZERO, grace: Duration::from_secs(25) },
-            log: Log { filter: "info".into(), format: "text".into() },
+            log: Log {
+                filter: "info".into(),
+                format: "text".into(),
+                slow_call: Duration::ZERO,
+                slow_commit: Duration::from_secs(1),
+                slow_query: Duration::from_secs(10),
+            },
+            tracing: Tracing { otlp_endpoint: String::new(), sample_ratio: 0.01, service_name: "tidegate".into() },
         }
     }
 }
@@ -584,13 +606,16 @@ impl Provider for One {
 
     fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
         let value = match self.setting.allowed {
-            Allowed::Flag | Allowed::Count(_) | Allowed::Bytes(_) => self.value.parse().unwrap_or_else(|_| Value::from(self.value.clone())),
+            Allowed::Flag | Allowed::Count(_) | Allowed::Bytes(_) | Allowed::Ratio => {
+                self.value.parse().unwrap_or_else(|_| Value::from(self.value.clone()))
+            }
             Allowed::Address
             | Allowed::Path
             | Allowed::File
             | Allowed::DatabaseUrl
             | Allowed::Jwks
             | Allowed::Text(_)
+            | Allowed::HttpUrl
             | Allowed::Duration(_)
             | Allowed::OneOf(_)
             | Allowed::LogFilter => Value::from(self.value.clone()),

@@ -32,6 +32,10 @@ pub enum Allowed {
     Jwks,
     /// A text of so many characters, none of them a control character.
     Text(RangeInclusive<usize>),
+    /// Where something is that is spoken to over HTTP; may be empty.
+    HttpUrl,
+    /// A share of all.
+    Ratio,
     /// A number of things.
     Count(RangeInclusive<u64>),
     /// A number of bytes.
@@ -73,6 +77,8 @@ impl Allowed {
             Self::Text(range) => {
                 value.as_str().is_some_and(|text| range.contains(&text.chars().count()) && !text.contains(char::is_control))
             }
+            Self::HttpUrl => value.as_str().is_some_and(|text| text.is_empty() || is_http_url(text)),
+            Self::Ratio => value.to_f64().or(number.map(|number| number as f64)).is_some_and(|ratio| (0.0..=1.0).contains(&ratio)),
             Self::Count(range) | Self::Bytes(range) => number.is_some_and(|number| range.contains(&number)),
             Self::Duration(range) => value.as_str().and_then(super::parse_duration).is_some_and(|duration| range.contains(&duration)),
             Self::OneOf(words) => value.as_str().is_some_and(|text| words.contains(&text)),
@@ -90,6 +96,8 @@ impl Allowed {
             Self::DatabaseUrl => "URL",
             Self::Jwks => "FILE|URL",
             Self::Text(_) => "TEXT",
+            Self::HttpUrl => "URL",
+            Self::Ratio => "RATIO",
             Self::Count(_) => "N",
             Self::Bytes(_) => "BYTES",
             Self::Duration(_) => "DURATION",
@@ -109,6 +117,8 @@ impl fmt::Display for Allowed {
             Self::DatabaseUrl => f.write_str("postgres://USER:PASSWORD@HOST:PORT/DATABASE, or empty; `***` is not a password"),
             Self::Jwks => f.write_str("a file, https://HOST/PATH, http://HOST/PATH with a loopback address or localhost, or empty"),
             Self::Text(range) => write!(f, "{} to {} characters", range.start(), range.end()),
+            Self::HttpUrl => f.write_str("an http or https address, or empty"),
+            Self::Ratio => f.write_str("0 to 1"),
             Self::Count(range) => write!(f, "{} to {}", range.start(), range.end()),
             Self::Bytes(range) => write!(f, "{} to {} bytes", range.start(), range.end()),
             Self::Duration(range) => write!(f, "a duration of {:#} to {:#}", friendly(range.start()), friendly(range.end())),
@@ -116,6 +126,11 @@ impl fmt::Display for Allowed {
             Self::LogFilter => f.write_str("directives such as info or info,tidegate=debug"),
         }
     }
+}
+
+fn is_http_url(text: &str) -> bool {
+    let Ok(uri) = text.parse::<http::Uri>() else { return false };
+    matches!(uri.scheme_str(), Some("http" | "https")) && uri.authority().is_some_and(|authority| !authority.host().is_empty())
 }
 
 fn friendly(duration: &Duration) -> jiff::SignedDuration {
@@ -484,4 +499,30 @@ pub static SETTINGS: &[Setting] = &[
     setting("shutdown.grace", seconds(1..=3600), "How long stopping may take in all; then what is left is cut off."),
     setting("log.filter", Allowed::LogFilter, "What is logged to standard error."),
     setting("log.format", Allowed::OneOf(&["text", "json"]), "How it is written."),
+    setting(
+        "log.slow_call",
+        seconds(0..=DAY),
+        "How long a unary call may take before it is logged as slow, with who made it and what it was about; streams may take as long as they like. 0s: any time.",
+    ),
+    setting(
+        "log.slow_commit",
+        seconds(0..=DAY),
+        "How long a commit of batches may take before it is logged as slow, at most once in 10 s. 0s: any time.",
+    ),
+    setting(
+        "log.slow_query",
+        seconds(0..=DAY),
+        "How long the database may work for one query or a piece of an export, all in all, before that is logged as slow, at most once in 10 s. 0s: any time.",
+    ),
+    setting(
+        "tracing.otlp_endpoint",
+        Allowed::HttpUrl,
+        "Where spans of calls are sent by OpenTelemetry's protocol (OTLP over gRPC), such as http://127.0.0.1:4317; empty: nowhere.",
+    ),
+    setting(
+        "tracing.sample_ratio",
+        Allowed::Ratio,
+        "Which share of traces is recorded, of those whose caller does not say that it records them; those whose caller does are recorded always.",
+    ),
+    setting("tracing.service_name", Allowed::Text(1..=255), "What the gateway is called in traces (service.name)."),
 ];

@@ -6,6 +6,7 @@ pub mod configs;
 pub mod reconciler;
 pub mod registry;
 pub mod sensors;
+pub mod silence;
 
 pub use account::{DeviceAccount, Missing, MissingCause};
 pub use clock::{ClockOffset, ClockWatch, Exchange};

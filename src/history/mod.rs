@@ -10,6 +10,7 @@ mod metrics;
 mod plan;
 mod query;
 mod series;
+mod slow;
 mod upkeep;
 
 pub use buckets::Bucket;

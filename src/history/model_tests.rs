@@ -101,7 +101,7 @@ impl Running {
             writer(&config, store.clone(), registry.clone(), tail.clone(), latest.clone(), &metrics, Readiness::starting(&[]));
         let merger = Merger::new(store.clone(), registry.clone(), &metrics);
         let upkeep = Upkeep::new(&config, store.clone(), registry, latest, tail, &metrics);
-        let reader = Reader::new(store.clone(), &config.query);
+        let reader = Reader::new(store.clone(), &config.query, config.log.slow_query);
         Self { store, ingest, device, merger, upkeep, reader, writing: tokio::spawn(writer.run()) }
     }
 

@@ -8,6 +8,7 @@ use super::{
     buckets::{Bucket, Buckets},
     merger::decoded,
     series::Series,
+    slow::{DatabaseTime, SlowQueries},
 };
 use crate::{
     config,
@@ -65,6 +66,7 @@ pub struct Reader {
     store: Store,
     limits: config::Query,
     permits: Arc<Semaphore>,
+    slow: SlowQueries,
 }
 
 /// Some of an answer: of one sensor, behind what was given before.
@@ -84,6 +86,7 @@ pub struct Answer {
     unmerged: HashMap<String, Series>,
     current: Option<Current>,
     readings: u64,
+    database: DatabaseTime,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -97,9 +100,10 @@ struct Current {
 }
 
 impl Reader {
-    /// Reads from `store`, within the limits of the settings.
-    pub fn new(store: Store, limits: &config::Query) -> Self {
-        Self { store, limits: limits.clone(), permits: Arc::new(Semaphore::new(limits.concurrent_max)) }
+    /// Reads from `store`, within the limits of the settings. For which the database works for longer than `slow` is logged; 0: none.
+    pub fn new(store: Store, limits: &config::Query, slow: Duration) -> Self {
+        let permits = Arc::new(Semaphore::new(limits.concurrent_max));
+        Self { store, limits: limits.clone(), permits, slow: SlowQueries::new(slow) }
     }
 
     /// Begins to answer a query from all that is stored. Waits for a while when there are as many answers as there may be.
@@ -108,7 +112,9 @@ impl Reader {
             Ok(permit) => permit.map_err(|_| Error::Draining)?,
             Err(_) => return Err(Error::Overloaded { setting: "query.concurrent_max", limit: self.limits.concurrent_max }.into()),
         };
-        let unmerged = self.store.read_unmerged(device.key, query.start_time, query.end_time, self.limits.bytes_max).await?;
+        let mut database = self.slow.begin(&device.id);
+        let unmerged = self.store.read_unmerged(device.key, query.start_time, query.end_time, self.limits.bytes_max);
+        let unmerged = database.of(unmerged).await?;
         if !unmerged.whole {
             return Err(Error::QueryTooLarge { setting: "query.bytes_max", limit: self.limits.bytes_max }.into());
         }
@@ -121,12 +127,12 @@ impl Reader {
         })
         .await?;
         // After the log: whatever it has is registered.
-        let mut sensors = self.store.sensors(device.key).await?;
+        let mut sensors = database.of(self.store.sensors(device.key)).await?;
         let Overlay { query, sensors: unmerged, .. } = overlay;
         sensors.retain(|sensor| query.wants_sensor(&sensor.name));
         sensors.sort_by(|a, b| a.name.cmp(&b.name));
         let (store, sensors) = (self.store.clone(), sensors.into_iter());
-        Ok(Answer { store, query, sensors, unmerged, current: None, readings: 0, _permit: permit })
+        Ok(Answer { store, query, sensors, unmerged, current: None, readings: 0, database, _permit: permit })
     }
 }
 
@@ -197,7 +203,7 @@ impl Answer {
                 self.current = Some(Current { sensor, from: self.query.start_time.micros(), unmerged, buckets });
                 continue;
             };
-            let (readings, more) = current.read(&self.store, self.query.end_micros()).await?;
+            let (readings, more) = current.read(&self.store, &mut self.database, self.query.end_micros()).await?;
             self.readings += readings.len() as u64;
             let piece = current.piece(readings, more);
             if more {
@@ -212,8 +218,8 @@ impl Answer {
 
 impl Current {
     /// The next readings, and whether there may be more.
-    async fn read(&mut self, store: &Store, end: i64) -> Result<(Series, bool), StoreError> {
-        let chunks = store.read_chunks(self.sensor.key, self.from, end, CHUNKS_PER_READ).await?;
+    async fn read(&mut self, store: &Store, database: &mut DatabaseTime, end: i64) -> Result<(Series, bool), StoreError> {
+        let chunks = database.of(store.read_chunks(self.sensor.key, self.from, end, CHUNKS_PER_READ)).await?;
         let more = chunks.len() == CHUNKS_PER_READ;
         let until = match chunks.last() {
             Some(last) if more => end.min(last.last_time + 1),

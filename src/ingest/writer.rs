@@ -17,7 +17,7 @@ use crate::{
     live::{Latest, Publisher, Tail, TailEntry},
     model::{BatchLimits, BatchReject, BatchSummary, CheckedBatch, Position, StreamId, Timestamp, batch::BatchSensors},
     store::{DeviceKey, NewLogRow, NewRejection, SensorRow, Store, StoreError, StreamChange, StreamRow, WriteTx},
-    telemetry::{Metrics, Readiness},
+    telemetry::{Metrics, Readiness, Sparing},
 };
 use bytes::Bytes;
 use std::{
@@ -53,6 +53,8 @@ pub struct Writer {
     rejected_kept_max: u32,
     clocks: ClockWatch,
     time_skew_max: Duration,
+    slow_commit: Duration,
+    slow_told: Sparing,
     streams: HashMap<(DeviceKey, StreamId), StreamRow>,
     // Another gateway was quicker with a stream of the group: its rows are locked before they are read.
     contended: bool,
@@ -85,6 +87,8 @@ pub fn writer(
         rejected_kept_max: settings.rejected_batches_kept_max,
         clocks: ClockWatch::new(config.devices.clock_offset_max),
         time_skew_max: settings.time_skew_max,
+        slow_commit: config.log.slow_commit,
+        slow_told: Sparing::default(),
         streams: HashMap::new(),
         contended: false,
     };
@@ -119,8 +123,10 @@ impl Writer {
             let began = Instant::now();
             match watched(&self.readiness.clone(), "a commit", self.commit(&waiting)).await {
                 Ok(committed) => {
-                    self.metrics.commit_seconds.record(began.elapsed());
+                    let took = began.elapsed();
+                    self.metrics.commit_seconds.record(took);
                     self.metrics.commit_batches.record(waiting.iter().map(|submitted| submitted.run.len()).sum::<usize>() as f64);
+                    self.tell_if_slow(took, &waiting);
                     self.publish(std::mem::take(&mut waiting), committed).await;
                 }
                 Err(error) => {
@@ -130,6 +136,18 @@ impl Writer {
                 }
             }
         }
+    }
+
+    /// Logs a commit that took long. A disk that is slow is so again and again, and says so once in a while.
+    fn tell_if_slow(&self, took: Duration, committed: &[Submitted]) {
+        if self.slow_commit.is_zero() || took <= self.slow_commit {
+            return;
+        }
+        let Some(left_out) = self.slow_told.pass() else { return };
+        let batches: usize = committed.iter().map(|submitted| submitted.run.len()).sum();
+        let readings: u64 = committed.iter().flat_map(|submitted| &submitted.run.batches).map(RunBatch::readings).sum();
+        let bytes: usize = committed.iter().map(|submitted| submitted.bytes.len()).sum();
+        tracing::warn!(batches, readings, bytes, duration_ms = took.as_secs_f64() * 1e3, left_out, "commit.slow");
     }
 
     /// Waits for a run, and takes what else waits; whether there is any.

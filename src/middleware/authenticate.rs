@@ -4,7 +4,7 @@
 
 use super::status;
 use crate::{
-    auth::{Authenticator, Caller, Ending, Grant, Identity},
+    auth::{Attribution, Authenticator, Caller, Ending, Grant, Identity},
     config::Grpc,
     error::{Error, Failure, Reason},
     telemetry::{Metrics, names},
@@ -146,7 +146,8 @@ pin_project_lite::pin_project! {
 impl<S: Service<Request<A>>, A> State<S, A, S::Future> {
     fn begin(inner: &mut S, mut request: Request<A>, grant: Arc<Grant>) -> Self {
         let ending = grant.ending();
-        request.extensions_mut().insert(Caller::new(grant));
+        let attribution = request.extensions().get::<Attribution>().cloned().unwrap_or_default();
+        request.extensions_mut().insert(Caller::attributed(grant, attribution));
         Self::Running { inner: inner.call(request), ending }
     }
 }

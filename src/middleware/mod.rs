@@ -6,6 +6,7 @@
 mod authenticate;
 mod authorize;
 mod body;
+mod call_span;
 mod class;
 pub mod deadline;
 pub mod drain;
@@ -26,7 +27,7 @@ pub use deadline::Deadline;
 pub use drain::{CallTracker, Draining};
 pub use method::{Family, Method};
 pub use patience::Patience;
-pub use request_id::RequestId;
+pub use request_id::{CallReports, RequestId};
 pub use stack::{Doors, no_layers, stack};
 pub use status::code_name;
 pub use unread::CallTask;

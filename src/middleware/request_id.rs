@@ -1,11 +1,16 @@
 //! Names each call, and sees to it that all that is logged about it carries the name.
 //!
-//! A caller's `x-request-id` is kept when it is sane, so one id goes through all that a caller uses. W3C Trace Context
-//! (`traceparent`) is the place to pick up distributed traces, and belongs here.
+//! A caller's `x-request-id` is kept when it is sane, so one id goes through all that a caller uses. So does the id of the trace that its
+//! `traceparent` names; where it names none, a trace begins here. Both are told to the caller.
 
 use super::{
+    call_span::CallSpan,
     method::Method,
     status::{Outcome, code_name},
+};
+use crate::{
+    auth::Attribution,
+    trace::{TRACEPARENT, TraceParent, Tracer},
 };
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
@@ -14,7 +19,7 @@ use std::{
     fmt,
     pin::Pin,
     task::{Context, Poll, ready},
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tonic::transport::server::TcpConnectInfo;
 use tower::{Layer, Service};
@@ -55,15 +60,33 @@ impl fmt::Display for RequestId {
     }
 }
 
+/// What is told of calls when they are over, besides their metrics. The default: nothing.
+#[derive(Debug, Clone, Default)]
+pub struct CallReports {
+    /// How long a unary call may take before it is logged as slow; 0: any time.
+    pub slow_call: Duration,
+    /// Where the spans of calls go.
+    pub tracer: Option<Tracer>,
+}
+
 /// Names calls; see the module.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct RequestIdLayer;
+#[derive(Debug, Clone)]
+pub struct RequestIdLayer {
+    reports: CallReports,
+}
+
+impl RequestIdLayer {
+    /// Tells `reports` of calls.
+    pub fn new(reports: CallReports) -> Self {
+        Self { reports }
+    }
+}
 
 impl<S> Layer<S> for RequestIdLayer {
     type Service = RequestIdService<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        RequestIdService { inner }
+        RequestIdService { inner, reports: self.reports.clone() }
     }
 }
 
@@ -71,6 +94,7 @@ impl<S> Layer<S> for RequestIdLayer {
 #[derive(Debug, Clone)]
 pub struct RequestIdService<S> {
     inner: S,
+    reports: CallReports,
 }
 
 impl<S, A, B> Service<Request<A>> for RequestIdService<S>
@@ -90,10 +114,30 @@ where
         let id = RequestId::of(request.headers());
         let peer = request.extensions().get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
         let method = Method::of(request.uri().path());
-        let span = tracing::info_span!("call", method = method.name, request_id = %id, peer = peer.map(tracing::field::display));
+        let parent = TraceParent::of(request.headers());
+        let mut trace = parent.map_or_else(TraceParent::new_trace, TraceParent::next_span);
+        let recording = self.reports.tracer.as_ref().filter(|tracer| tracer.samples(trace)).map(|tracer| {
+            trace.sampled = true;
+            Box::new(CallSpan::begin(tracer.clone(), trace, parent, request.headers(), method, (&id, peer)))
+        });
+        // Of the highest level, so that it is there for each line that log.filter lets through.
+        let span = tracing::error_span!(
+            "call",
+            method = method.name,
+            request_id = %id,
+            trace_id = %trace.trace_id,
+            peer = peer.map(tracing::field::display)
+        );
         request.extensions_mut().insert(id.clone());
-        let inner = span.in_scope(|| self.inner.call(request));
-        RequestIdFuture { inner, id, log: Some(CallLog { span, started: Instant::now(), outcome: Outcome::default() }) }
+        // A stream is not slow when it is long.
+        let slow_call = self.reports.slow_call;
+        let slow = (!method.streaming && !slow_call.is_zero()).then(|| (slow_call, Attribution::default()));
+        if let Some((_, attribution)) = &slow {
+            request.extensions_mut().insert(attribution.clone());
+        }
+        let log = CallLog { span, started: Instant::now(), outcome: Outcome::default(), slow, recording };
+        let inner = log.span.in_scope(|| self.inner.call(request));
+        RequestIdFuture { inner, id, trace, log: Some(log) }
     }
 }
 
@@ -103,13 +147,26 @@ struct CallLog {
     span: Span,
     started: Instant,
     outcome: Outcome,
+    // How long it may take, where that is judged, and who it is that waits.
+    slow: Option<(Duration, Attribution)>,
+    recording: Option<Box<CallSpan>>,
 }
 
 impl Drop for CallLog {
     fn drop(&mut self) {
         let _entered = self.span.enter();
-        let duration_ms = self.started.elapsed().as_secs_f64() * 1e3;
-        tracing::debug!(status = code_name(self.outcome.code()), duration_ms, "call.ended");
+        let (duration, code) = (self.started.elapsed(), self.outcome.code());
+        let status = code_name(code);
+        let duration_ms = duration.as_secs_f64() * 1e3;
+        tracing::debug!(status, duration_ms, "call.ended");
+        if let Some((may_take, attribution)) = &self.slow
+            && duration > *may_take
+        {
+            tracing::warn!(actor = attribution.actor(), resource = attribution.resource(), status, duration_ms, "call.slow");
+        }
+        if let Some(recording) = self.recording.take() {
+            recording.end(duration, code);
+        }
     }
 }
 
@@ -120,6 +177,7 @@ pin_project_lite::pin_project! {
         #[pin]
         inner: F,
         id: RequestId,
+        trace: TraceParent,
         log: Option<CallLog>,
     }
 }
@@ -139,6 +197,7 @@ where
         Poll::Ready(result.map(|mut response| {
             log.outcome.see_response(&response);
             response.headers_mut().insert(REQUEST_ID, this.id.0.clone());
+            response.headers_mut().insert(TRACEPARENT, this.trace.to_header());
             response.map(|inner| RequestIdBody { inner, log })
         }))
     }

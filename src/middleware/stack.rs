@@ -9,7 +9,7 @@ use super::{
     pace::PaceLayer,
     panic::CatchPanicLayer,
     quota::QuotaLayer,
-    request_id::RequestIdLayer,
+    request_id::{CallReports, RequestIdLayer},
     shed::ShedLayer,
 };
 use crate::{
@@ -39,6 +39,7 @@ pub struct Doors {
 /// Puts all layers around the services. At a stop `calls` tells when the work is over.
 pub fn stack<A>(
     config: &Grpc,
+    reports: CallReports,
     metrics: &Metrics,
     doors: &Doors,
     calls: &CallTracker,
@@ -60,7 +61,7 @@ where
         // Outermost, as an idle gateway is one where all that the others log and count about calls is logged and counted.
         .layer(DrainLayer::new(calls.clone()))
         // Around all that may log, so that every line has the id; and every answer carries it, also a refusal.
-        .layer(RequestIdLayer)
+        .layer(RequestIdLayer::new(reports))
         // Outside of all that answers by itself, so that panics, refusals and passed deadlines are counted as what the client sees.
         .layer(MetricsLayer::new(metrics))
         // Inside of the id, which its report names, and of the metrics, which count the INTERNAL; around all that has more to do.

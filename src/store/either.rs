@@ -222,6 +222,9 @@ impl Store {
         /// How many devices are registered.
         async fn devices_len(&self) -> Result<usize, StoreError>;
 
+        /// How many devices were registered before `since`, and sent no batch since then.
+        async fn silent_devices_len(&self, since: Timestamp) -> Result<usize, StoreError>;
+
         /// When a batch of the device last came in.
         async fn last_receive_time(&self, device: DeviceKey) -> Result<Option<Timestamp>, StoreError>;
 

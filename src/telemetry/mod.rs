@@ -7,9 +7,11 @@ pub mod logs;
 pub mod names;
 mod process;
 mod readiness;
+mod sparing;
 
 pub use names::{Kind, METRICS, Metric};
 pub use readiness::{Readiness, ReadinessState};
+pub use sparing::Sparing;
 
 use crate::model::Timestamp;
 use metrics::{Counter, Gauge, Histogram, Key, Label, Level, Metadata, Recorder, SharedString};

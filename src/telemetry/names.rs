@@ -156,6 +156,12 @@ pub const STORAGE_BYTES: &str = "tidegate_storage_bytes";
 pub const STORAGE_FREE_BYTES: &str = "tidegate_storage_free_bytes";
 /// Devices whose clocks are off. `direction`: `ahead`, `behind`.
 pub const DEVICES_CLOCK_OFF: &str = "tidegate_devices_clock_off";
+/// Devices of which nothing comes in.
+pub const DEVICES_SILENT: &str = "tidegate_devices_silent";
+/// Spans that the collector took.
+pub const TRACE_SPANS_EXPORTED: &str = "tidegate_trace_spans_exported_total";
+/// Spans that are lost. `reason`: `queue_full`, `export_failed`.
+pub const TRACE_SPANS_DROPPED: &str = "tidegate_trace_spans_dropped_total";
 /// The gateway's clock.
 pub const CLOCK: &str = "tidegate_clock_seconds";
 /// Always 1. `version`: the version of the running gateway.
@@ -282,6 +288,21 @@ pub static METRICS: &[Metric] = &[
         "devices",
         &["direction"],
         "Devices that this gateway has seen whose clocks are further off than devices.clock_offset_max, by direction.",
+    ),
+    metric(
+        DEVICES_SILENT,
+        Kind::Gauge,
+        "devices",
+        &[],
+        "Devices that sent no batch for devices.silent_after, by what is stored: all gateways on one database tell the same number.",
+    ),
+    metric(TRACE_SPANS_EXPORTED, Kind::Counter, "spans", &[], "Spans that the collector at tracing.otlp_endpoint has taken."),
+    metric(
+        TRACE_SPANS_DROPPED,
+        Kind::Counter,
+        "spans",
+        &["reason"],
+        "Spans that are lost, as too many waited or the collector did not take them, by reason.",
     ),
     metric(
         BACKLOG_BATCHES,

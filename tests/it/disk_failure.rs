@@ -2,9 +2,9 @@
 //! so is the gateway.
 
 use crate::support::{
-    client::{SECOND, T0, TestDevice, temperatures},
+    client::{SECOND, T0, TestDevice, devices, temperatures},
     disk::{FaultyDisk, SmallDisk},
-    health_is, http_get,
+    eventually, health_is, http_get,
     identity::with_token,
     load::{Load, log},
     metric, not_ready,
@@ -14,11 +14,11 @@ use crate::support::{
 };
 use bytes::Bytes;
 use rand::Rng;
-use std::net::SocketAddr;
-use tidegate::{
-    error::StatusFacts,
-    pb::{self, device_service_client::DeviceServiceClient},
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
 };
+use tidegate::{error::StatusFacts, pb};
 use tonic::Code;
 
 /// So that some faults come while the log is merged.
@@ -218,13 +218,63 @@ async fn an_operators_call_ends_while_the_disk_stalls() {
     let disk = FaultyDisk::new();
     let gateway = disk.start(&["--auth-mode=required", "--grpc-unary-deadline-max=1s"]).await;
     let token = std::fs::read_to_string(disk.data_dir().join("admin-token")).expect("left at the first start");
-    let mut devices = DeviceServiceClient::new(with_token(gateway.grpc, token.trim()));
+    let mut registry = devices(&with_token(gateway.grpc, token.trim()));
     let create = |id: &str| pb::CreateDeviceRequest { device: Some(pb::Device { id: id.into(), ..Default::default() }) };
-    devices.create_device(create("before")).await.expect("the disk is well");
+    registry.create_device(create("before")).await.expect("the disk is well");
     disk.fail("fsync stall");
-    let status = soon("the call ends", devices.create_device(create("meanwhile"))).await.expect_err("it cannot be known to be done");
+    let status = soon("the call ends", registry.create_device(create("meanwhile"))).await.expect_err("it cannot be known to be done");
     assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
     disk.heal();
     health_is(&gateway, true).await;
-    devices.create_device(create("after")).await.expect("the disk is well again");
+    registry.create_device(create("after")).await.expect("the disk is well again");
+}
+
+/// Scenario: a disk hangs while a device uploads and an operator registers another one. Guarantee: what took long is in the log, with what
+/// is needed to find out whom it concerned; and what did not is not.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_slow_disk_holds_up_is_told_in_the_log() {
+    let disk = FaultyDisk::new();
+    let gateway = disk.start(&["--log-slow-call=2s", "--log-slow-commit=2s"]).await;
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    device.upload_nth(1..=1).await.expect("accepted");
+    disk.fail("fsync stall");
+    let sending = device.clone();
+    let upload = tokio::spawn(async move { sending.upload_nth(2..=3).await });
+    not_ready(&gateway, "a commit has taken more than").await;
+    let mut registry = devices(&gateway.channel());
+    let create = pb::CreateDeviceRequest { device: Some(pb::Device { id: "pump-2".into(), ..Default::default() }) };
+    let mut create = tonic::Request::new(create);
+    create.metadata_mut().insert("x-request-id", "registering".parse().expect("ASCII"));
+    let creating = tokio::spawn(async move { registry.create_device(create).await });
+    let in_flight = "tidegate_grpc_requests_in_flight{method=\"tidegate.v1.DeviceService/CreateDevice\"}";
+    let held_up = || async {
+        let (_, text) = http_get(gateway.http, "/metrics").await?;
+        (metric(&text, in_flight)? > 0.0).then_some(())
+    };
+    eventually("it is held up, too", held_up).await;
+    let began = Instant::now();
+    eventually("for longer than is quick", || async { (began.elapsed() > Duration::from_millis(2_500)).then_some(()) }).await;
+    disk.heal();
+    soon("the upload ends", upload).await.expect("no panic").expect("accepted");
+    soon("it is registered", creating).await.expect("no panic").expect("registered");
+    device.upload_nth(4..=4).await.expect("accepted");
+
+    let lines = |event: &'static str| {
+        let gateway = &gateway;
+        eventually(event, move || async move {
+            let lines: Vec<serde_json::Value> = gateway.log().lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+            let told: Vec<_> = lines.into_iter().filter(|line| line["message"] == event).collect();
+            (!told.is_empty()).then_some(told)
+        })
+    };
+    let (commits, calls) = (lines("commit.slow").await, lines("call.slow").await);
+    assert_eq!((commits.len(), calls.len()), (1, 1), "{commits:?} {calls:?}");
+    assert_eq!(
+        (&commits[0]["batches"], &commits[0]["readings"], &commits[0]["left_out"]),
+        (&2.into(), &20.into(), &0.into()),
+        "{commits:?}"
+    );
+    assert!(commits[0]["bytes"].as_u64() > Some(0) && commits[0]["duration_ms"].as_f64() > Some(2_000.0), "{commits:?}");
+    assert_eq!((&calls[0]["resource"], &calls[0]["status"]), (&"devices/pump-2".into(), &"OK".into()), "{calls:?}");
+    assert_eq!((&calls[0]["span"]["request_id"], &calls[0]["level"]), (&"registering".into(), &"WARN".into()), "{calls:?}");
 }

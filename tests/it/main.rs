@@ -43,4 +43,5 @@ mod sql;
 mod store;
 mod store_failure;
 mod tls;
+mod traces;
 mod upload;

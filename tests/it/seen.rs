@@ -41,6 +41,8 @@ async fn a_device_is_seen_when_it_connects_and_when_it_uploads(on: Database) {
     assert!(uploaded >= connected && uploaded >= received && received >= connected, "{connected:?} {uploaded:?} {received:?}");
 }
 
+const SILENT: &str = "tidegate_devices_silent";
+
 /// The ids of the silent devices, and the number of pages of two that it took.
 async fn silent(channel: &Channel) -> (Vec<String>, usize) {
     let mut request = pb::ListDevicesRequest { silent: true, page_size: 2, ..Default::default() };
@@ -67,6 +69,8 @@ async fn silent_devices_are_listed_alone(on: Database) {
     let channel = gateway.channel();
     register_five(&channel).await;
     eventually("all are silent", || async { (silent(&channel).await.0 == ["a", "b", "c", "d", "e"]).then_some(()) }).await;
+    eventually("they are counted", || async { (gateway.metric(SILENT).await == Some(5.0)).then_some(()) }).await;
+    assert_eq!(patient.metric(SILENT).await, Some(0.0));
     let device = TestDevice::new(&channel, "c");
     // Again and again: on a slow machine it may be silent once more before the list is made.
     eventually("one is not", || async {
@@ -74,6 +78,16 @@ async fn silent_devices_are_listed_alone(on: Database) {
         (silent(&channel).await.0 == ["a", "b", "d", "e"]).then_some(())
     })
     .await;
+    let mut sequences = 1..;
+    eventually("one is not counted", || {
+        let batch = device.upload_nth(sequences.next());
+        async {
+            batch.await.expect("accepted");
+            (gateway.metric(SILENT).await == Some(4.0)).then_some(())
+        }
+    })
+    .await;
+    eventually("until it is silent again", || async { (gateway.metric(SILENT).await == Some(5.0)).then_some(()) }).await;
 }
 
 async fn register_five(channel: &Channel) {

@@ -3,7 +3,7 @@
 use super::support::{Gateway, Services, doors, eventually, follow, position_of, reason, soon};
 use crate::{
     config::Config,
-    middleware::{CallTracker, stack},
+    middleware::{CallReports, CallTracker, stack},
     pb::UploadRequest,
     telemetry::Metrics,
 };
@@ -72,7 +72,8 @@ async fn handlers_know_their_deadline() {
 #[tokio::test]
 async fn what_the_client_asks_for_is_kept_or_refused() {
     let services = Services::default();
-    let stack = stack(&Config::default().grpc, &Metrics::new(), &doors(), &CallTracker::new(), services.routes().await);
+    let stack =
+        stack(&Config::default().grpc, CallReports::default(), &Metrics::new(), &doors(), &CallTracker::new(), services.routes().await);
     let ask = |timeout: &str| {
         // GetUploadPositionRequest { device: "hang" }
         let message = Body::new(http_body_util::Full::from(&b"\0\0\0\0\x06\x0a\x04hang"[..]));

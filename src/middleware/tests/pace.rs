@@ -3,7 +3,7 @@
 use super::support::{Gateway, Services, doors, eventually, reason, soon};
 use crate::{
     config::Config,
-    middleware::{CallTracker, stack},
+    middleware::{CallReports, CallTracker, stack},
     pb::UploadRequest,
     telemetry::Metrics,
 };
@@ -45,7 +45,7 @@ async fn a_message_that_is_begun_must_be_completed() {
     let mut config = Config::default().grpc;
     config.message_timeout = SHORT;
     let services = Services::default();
-    let stack = stack(&config, &Metrics::new(), &doors(), &CallTracker::new(), services.routes().await);
+    let stack = stack(&config, CallReports::default(), &Metrics::new(), &doors(), &CallTracker::new(), services.routes().await);
     let drip = stream::unfold(tokio::time::interval(SHORT / 10), |mut ticks| async {
         ticks.tick().await;
         Some((Ok::<_, Status>(Frame::data(Bytes::from_static(&[0]))), ticks))
@@ -65,7 +65,7 @@ async fn messages_that_are_not_complete_share_a_bound() {
     let mut config = Config::default().grpc;
     (config.message_bytes_max, config.incoming_bytes_max) = (64 << 10, 64 << 10);
     let services = Services::default();
-    let stack = stack(&config, &Metrics::new(), &doors(), &CallTracker::new(), services.routes().await);
+    let stack = stack(&config, CallReports::default(), &Metrics::new(), &doors(), &CallTracker::new(), services.routes().await);
     let upload = |body| {
         let request = Request::post("/tidegate.v1.TelemetryService/Upload").header("content-type", "application/grpc");
         stack.clone().oneshot(request.body(body).expect("well-formed"))

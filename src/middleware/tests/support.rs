@@ -7,7 +7,7 @@ use crate::{
     config::{Config, Grpc},
     error::StatusFacts,
     limits::OperatorLimits,
-    middleware::{CallTracker, Deadline, Doors, stack},
+    middleware::{CallReports, CallTracker, Deadline, Doors, stack},
     pb::{
         FollowRequest, FollowResponse, GetUploadPositionRequest, GetUploadPositionResponse, Heartbeat, UploadRequest, UploadResponse,
         follow_response::Message,
@@ -147,13 +147,18 @@ pub struct Gateway {
 impl Gateway {
     /// Starts it with changed settings.
     pub async fn start(change: impl FnOnce(&mut Grpc)) -> Self {
+        Self::start_reporting(CallReports::default(), change).await
+    }
+
+    /// The same with what is told of calls.
+    pub async fn start_reporting(reports: CallReports, change: impl FnOnce(&mut Grpc)) -> Self {
         let mut config = Config::default().grpc;
         config.listen.set_port(0);
         change(&mut config);
         let (metrics, calls, stop, services) = (Metrics::new(), CallTracker::new(), Stop::default(), Services::default());
         let listener = Listener::bind(&config, &metrics).await.expect("a free port");
         let address = listener.local_addr();
-        let stack = stack(&config, &metrics, &doors(), &calls, services.routes().await);
+        let stack = stack(&config, reports, &metrics, &doors(), &calls, services.routes().await);
         let serving = tokio::spawn(listener.serve(stack, stop.clone()));
         Self { address, metrics, services, calls, stop, serving }
     }

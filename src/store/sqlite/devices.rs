@@ -118,6 +118,13 @@ impl SqliteStore {
         Ok(usize::try_from(count).unwrap_or(0))
     }
 
+    pub async fn silent_devices_len(&self, since: Timestamp) -> Result<usize, StoreError> {
+        let statement = "SELECT count(*) FROM devices WHERE create_time < ?1 AND NOT EXISTS \
+             (SELECT 1 FROM streams WHERE streams.device_id = devices.device_id AND last_sequence > 0 AND receive_time >= ?1)";
+        let count: i64 = sqlx::query_scalar(statement).bind(since.micros()).fetch_one(self.readers()).await?;
+        Ok(usize::try_from(count).unwrap_or(0))
+    }
+
     pub async fn last_receive_time(&self, device: DeviceKey) -> Result<Option<Timestamp>, StoreError> {
         let row = sqlx::query("SELECT max(receive_time) AS receive_time FROM streams WHERE device_id = ? AND last_sequence > 0")
             .bind(device.0)
