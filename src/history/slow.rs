@@ -60,3 +60,27 @@ impl Drop for DatabaseTime {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether a query is told of whose two reads take a moment each.
+    async fn is_told(after: Duration) -> bool {
+        let slow = SlowQueries::new(after);
+        let mut database = slow.begin(&DeviceId::parse("pump-1").expect("good"));
+        for _ in 0..2 {
+            database.of(tokio::time::sleep(Duration::from_millis(1))).await;
+        }
+        assert!(database.reads == 2 && database.spent >= Duration::from_millis(2), "{database:?}");
+        drop(database);
+        slow.told.pass().is_none()
+    }
+
+    #[tokio::test]
+    async fn a_query_is_told_of_when_its_reads_together_took_too_long() {
+        assert!(is_told(Duration::from_nanos(1)).await);
+        assert!(!is_told(Duration::from_secs(3600)).await);
+        assert!(!is_told(Duration::ZERO).await, "none is slow");
+    }
+}
