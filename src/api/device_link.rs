@@ -170,6 +170,7 @@ impl<'a> Link<'a> {
                 && let Some(message) = next.take()
             {
                 let received;
+                // A run is worth an allocation, which is little beside its commit.
                 (received, next) = Box::pin(self.receive(message, inbound)).await?;
                 // What came in before is handed in all the same.
                 open = !received?;

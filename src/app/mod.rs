@@ -332,6 +332,7 @@ impl Gateway {
         // Before the last save, so that none of theirs is in between.
         let _ = timeout_at(deadline.min(Instant::now() + CONNECTION_LINGER), async { while tasks.join_next().await.is_some() {} }).await;
         tasks.shutdown().await;
+        let _ = timeout_at(deadline, doors.audit.settled()).await;
         // A disk that hangs must not keep the process: what is not written down now the next start reads from the log.
         let saved = matches!(timeout_at(deadline, latest.save(&store)).await, Ok(Ok(())));
         let closed = timeout_at(deadline, store.close()).await.is_ok();

@@ -9,7 +9,7 @@ use crate::{
 use parking_lot::Mutex;
 use std::{sync::Arc, time::Duration};
 use tokio::{runtime::Handle, task::JoinHandle};
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::Code;
 
 /// How often what is old is deleted.
@@ -42,7 +42,8 @@ impl PendingEntry {
         row.resource = std::mem::take(&mut *self.resource.lock());
         row.outcome = code_name(code).to_owned();
         let audit = self.audit.clone();
-        Some(Handle::try_current().ok()?.spawn(async move { audit.note(row).await }))
+        let writes = audit.writes.clone();
+        Some(writes.spawn_on(async move { audit.note(row).await }, &Handle::try_current().ok()?))
     }
 }
 
@@ -58,17 +59,19 @@ pub struct AuditLog {
     // None: nothing is noted, as nobody is asked who they are.
     store: Option<Store>,
     age_max: Duration,
+    // Those under way, which their calls need not wait for to the end.
+    writes: TaskTracker,
 }
 
 impl AuditLog {
     /// One that notes nothing.
     pub fn off() -> Self {
-        Self { store: None, age_max: Duration::ZERO }
+        Self { store: None, age_max: Duration::ZERO, writes: TaskTracker::new() }
     }
 
     /// One that keeps entries for `age_max`.
     pub fn new(store: Store, age_max: Duration) -> Self {
-        Self { store: Some(store), age_max }
+        Self { store: Some(store), age_max, writes: TaskTracker::new() }
     }
 
     /// Notes a call. Failing to is told in the gateway's log, with all that was to be noted.
@@ -83,6 +86,12 @@ impl AuditLog {
         if let Err(error) = insert.await {
             tracing::error!(error = &error as &dyn std::error::Error, entry = ?row, "audit.failed");
         }
+    }
+
+    /// Waits until all entries are written, when no more calls come.
+    pub async fn settled(&self) {
+        self.writes.close();
+        self.writes.wait().await;
     }
 
     /// Whether calls of somebody are noted.

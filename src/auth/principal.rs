@@ -210,7 +210,8 @@ pub struct Caller {
     pub grant: Arc<Grant>,
     /// What the call is about, where that is noted.
     pub resource: Option<Arc<Mutex<String>>>,
-    attribution: Attribution,
+    // Where somebody tells of its end.
+    attribution: Option<Attribution>,
 }
 
 static EVERY_DEVICE: LazyLock<LabelSelector> = LazyLock::new(LabelSelector::default);
@@ -218,13 +219,13 @@ static EVERY_DEVICE: LazyLock<LabelSelector> = LazyLock::new(LabelSelector::defa
 impl Caller {
     /// Who has a grant.
     pub fn new(grant: Arc<Grant>) -> Self {
-        Self { grant, resource: None, attribution: Attribution::default() }
+        Self { grant, resource: None, attribution: None }
     }
 
     /// Who has a grant, and is to be named when it is told how the call went.
     pub fn attributed(grant: Arc<Grant>, attribution: Attribution) -> Self {
         attribution.0.0.get_or_init(|| grant.clone());
-        Self { attribution, ..Self::new(grant) }
+        Self { attribution: Some(attribution), ..Self::new(grant) }
     }
 
     /// Who makes a request: nobody, unless it came through the layers that find out.
@@ -236,15 +237,21 @@ impl Caller {
     /// Says what the call is about, for the audit log.
     pub fn about(&self, resource: impl Into<String>) {
         let resource = resource.into();
-        self.attribution.set_resource(|| resource.clone());
+        self.attribute(|| resource.clone());
         if let Some(noted) = &self.resource {
             *noted.lock() = resource;
         }
     }
 
+    fn attribute(&self, resource: impl FnOnce() -> String) {
+        if let Some(attribution) = &self.attribution {
+            attribution.set_resource(resource);
+        }
+    }
+
     /// Whether it may do what is a device's own.
     pub fn may_act_as(&self, device: &DeviceId) -> Result<(), Error> {
-        self.attribution.set_resource(|| format!("devices/{device}"));
+        self.attribute(|| format!("devices/{device}"));
         match &self.grant.principal {
             Principal::Open => Ok(()),
             Principal::Device(own) if own == device => Ok(()),
@@ -277,7 +284,7 @@ impl Caller {
     /// A device that is in its scope. Who may not see every device is told of one that is not there what it is told of one that it
     /// may not see (AIP-211).
     pub async fn device(&self, registry: &Registry, id: &DeviceId) -> Result<Arc<Device>, Failure> {
-        self.attribution.set_resource(|| format!("devices/{id}"));
+        self.attribute(|| format!("devices/{id}"));
         let found = registry.get(id).await;
         if self.scope().is_empty() {
             return found;

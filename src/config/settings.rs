@@ -200,7 +200,7 @@ pub static SETTINGS: &[Setting] = &[
     setting(
         "grpc.unary_deadline_max",
         seconds(1..=DAY),
-        "How long a unary call may take: the deadline where the client sets none, and the most that it may set.",
+        "How long a unary call may take: the deadline where the client sets none, and the most that it may set. To find out who calls, and to note what an operator does, it may take as long again.",
     ),
     setting(
         "grpc.query_deadline_max",

@@ -68,15 +68,17 @@ impl DeviceAccount {
         Count { batches: self.pending.batches.load(Relaxed), readings: self.pending.readings.load(Relaxed) }
     }
 
-    /// Remembers that sequences are missing; the oldest are forgotten when there are too many.
+    /// Remembers that sequences are missing; when there are too many, the oldest are forgotten, first of those that are awaited: they may
+    /// have come.
     pub fn miss(&self, missing: Missing) {
         let mut known = self.missing.lock();
         // What a stream waits for is one range, which a further try only moves.
         if missing.cause == MissingCause::Awaited {
             known.retain(|old| old.cause != MissingCause::Awaited || old.stream_id != missing.stream_id);
         }
-        while known.len() >= MISSING_MAX {
-            known.pop_front();
+        if known.len() >= MISSING_MAX {
+            let oldest = known.iter().position(|old| old.cause == MissingCause::Awaited).unwrap_or(0);
+            known.remove(oldest);
         }
         known.push_back(missing);
     }

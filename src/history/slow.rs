@@ -23,7 +23,7 @@ impl SlowQueries {
 
     /// Begins a query about a device, with no time spent.
     pub fn begin(&self, device: &DeviceId) -> DatabaseTime {
-        DatabaseTime { slow: self.clone(), device: device.clone(), call: Span::current(), spent: Duration::ZERO, reads: 0 }
+        DatabaseTime { slow: self.clone(), device: device.clone(), call: Span::current(), spent: Duration::ZERO, reads: 0, reading: None }
     }
 }
 
@@ -35,22 +35,30 @@ pub struct DatabaseTime {
     call: Span,
     spent: Duration,
     reads: u64,
+    // When the read began that has not ended.
+    reading: Option<Instant>,
 }
 
 impl DatabaseTime {
     /// Waits for the database, and adds how long that took.
     pub async fn of<T>(&mut self, read: impl Future<Output = T>) -> T {
-        let began = Instant::now();
-        let result = read.await;
-        self.spent += began.elapsed();
+        self.reading = Some(Instant::now());
         self.reads += 1;
+        let result = read.await;
+        self.note_read();
         result
+    }
+
+    fn note_read(&mut self) {
+        self.spent += self.reading.take().map_or(Duration::ZERO, |began| began.elapsed());
     }
 }
 
 impl Drop for DatabaseTime {
     fn drop(&mut self) {
-        let Self { slow, device, call, spent, reads } = self;
+        // One that nobody waits for any more: given up, as it took long.
+        self.note_read();
+        let Self { slow, device, call, spent, reads, .. } = self;
         if slow.after.is_zero() || *spent <= slow.after {
             return;
         }
@@ -64,6 +72,7 @@ impl Drop for DatabaseTime {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use futures_util::FutureExt;
 
     /// Whether a query is told of whose two reads take a moment each.
     async fn is_told(after: Duration) -> bool {
@@ -75,6 +84,15 @@ mod tests {
         assert!(database.reads == 2 && database.spent >= Duration::from_millis(2), "{database:?}");
         drop(database);
         slow.told.pass().is_none()
+    }
+
+    #[tokio::test]
+    async fn a_query_that_is_given_up_amid_a_read_is_told() {
+        let slow = SlowQueries::new(Duration::from_nanos(1));
+        let mut database = slow.begin(&DeviceId::parse("pump-1").expect("good"));
+        assert!(database.of(std::future::pending::<()>()).now_or_never().is_none());
+        drop(database);
+        assert!(slow.told.pass().is_none());
     }
 
     #[tokio::test]

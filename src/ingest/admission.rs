@@ -158,10 +158,7 @@ impl Admission {
     /// Admits a batch; waits while too many bytes are on their way already.
     pub async fn admit(&self, lane: Lane, bytes: usize) -> Result<Permit, Error> {
         let backlog = match lane {
-            Lane::Live => {
-                self.live.see();
-                None
-            }
+            Lane::Live => None,
             Lane::Backlog => {
                 Some(LanePart { bytes: Some(self.backlog.take(bytes).await?), since: Instant::now(), live: self.live.clone() })
             }
@@ -190,7 +187,10 @@ impl Admission {
     pub fn lane_behind(&self, run: &Run) -> Lane {
         match run.newest_time() {
             Some(newest) if newest.saturating_add(self.backlog_age) < run.receive_time => Lane::Backlog,
-            Some(_) => Lane::Live,
+            Some(_) => {
+                self.live.see();
+                Lane::Live
+            }
             // Nothing of it can be stored, which says nothing about what comes next.
             None => run.lane(),
         }
@@ -235,7 +235,7 @@ mod tests {
         let all_of_it = || admission.admit(Lane::Backlog, 16 << 10);
         drop(all_of_it().await.expect("open"));
         drop(all_of_it().now_or_never().expect("nobody else sends: it comes back at once"));
-        drop(admission.admit(Lane::Live, 1).await.expect("open"));
+        admission.live.see();
         drop(all_of_it().await.expect("open"));
         assert!(all_of_it().now_or_never().is_none(), "it rests");
         all_of_it().await.expect("it comes back");

@@ -304,9 +304,12 @@ impl Writer {
                 Place::Behind => Outcome::Gap { expected },
             };
             if expected < batch.sequence {
-                let cause = if matches!(outcome, Outcome::Gap { .. }) { MissingCause::Awaited } else { MissingCause::Lost };
-                let sequences = expected..=batch.sequence - 1;
-                group.missing.push((index, Missing { stream_id: run.stream_id, sequences, cause }));
+                let (cause, last) = match outcome {
+                    // Not those right before it, which the device has lost.
+                    Outcome::Gap { .. } => (MissingCause::Awaited, batch.sequence - 1 - batch.lost_batches),
+                    _ => (MissingCause::Lost, batch.sequence - 1),
+                };
+                group.missing.push((index, Missing { stream_id: run.stream_id, sequences: expected..=last, cause }));
             }
             replies.push(Reply { sequence: batch.sequence, outcome, durable_through: change.sequence_after });
         }

@@ -146,8 +146,11 @@ pin_project_lite::pin_project! {
 impl<S: Service<Request<A>>, A> State<S, A, S::Future> {
     fn begin(inner: &mut S, mut request: Request<A>, grant: Arc<Grant>) -> Self {
         let ending = grant.ending();
-        let attribution = request.extensions().get::<Attribution>().cloned().unwrap_or_default();
-        request.extensions_mut().insert(Caller::attributed(grant, attribution));
+        let caller = match request.extensions().get::<Attribution>() {
+            Some(attribution) => Caller::attributed(grant, attribution.clone()),
+            None => Caller::new(grant),
+        };
+        request.extensions_mut().insert(caller);
         Self::Running { inner: inner.call(request), ending }
     }
 }

@@ -316,7 +316,7 @@ pub static METRICS: &[Metric] = &[
         Kind::Gauge,
         "bytes",
         &[],
-        "Bytes of batches in the lane of backlogs; at ingest.backlog_bytes_max devices with a backlog wait.",
+        "Bytes that are taken of the lane of backlogs, by batches on their way and by the rest that it has behind them beside live ones; at ingest.backlog_bytes_max devices with a backlog wait.",
     ),
     metric(
         REPLAYED_BATCHES,

@@ -3,12 +3,21 @@
 use parking_lot::Mutex;
 use std::time::{Duration, Instant};
 
-/// How long after a line there is no other one of its kind.
+/// How long after a line there is no other one of its kind, unless it is said otherwise.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// Lets one line of a kind pass in ten seconds, and counts those that it leaves out.
-#[derive(Debug, Default)]
-pub struct Sparing(Mutex<Told>);
+/// Lets one line of a kind pass in a while, ten seconds by default, and counts those that it leaves out.
+#[derive(Debug)]
+pub struct Sparing {
+    interval: Duration,
+    told: Mutex<Told>,
+}
+
+impl Default for Sparing {
+    fn default() -> Self {
+        Self::every(INTERVAL)
+    }
+}
 
 #[derive(Debug, Default)]
 struct Told {
@@ -17,14 +26,19 @@ struct Told {
 }
 
 impl Sparing {
+    /// Lets one line pass in each interval.
+    pub fn every(interval: Duration) -> Self {
+        Self { interval, told: Mutex::default() }
+    }
+
     /// Whether a line may be written now; if so, how many were left out since the last one.
     pub fn pass(&self) -> Option<u64> {
         self.pass_at(Instant::now())
     }
 
     fn pass_at(&self, now: Instant) -> Option<u64> {
-        let mut told = self.0.lock();
-        if told.last.is_some_and(|last| now < last + INTERVAL) {
+        let mut told = self.told.lock();
+        if told.last.is_some_and(|last| now < last + self.interval) {
             told.left_out += 1;
             return None;
         }

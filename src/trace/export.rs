@@ -17,7 +17,7 @@ use opentelemetry_proto::tonic::{
     trace::v1::{ResourceSpans, ScopeSpans, Span},
 };
 use std::{fmt, time::Duration};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status, transport::Channel};
 use uuid::Uuid;
@@ -31,6 +31,8 @@ const GATHER_INTERVAL: Duration = Duration::from_secs(1);
 /// How long the collector may take for a request.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a connection to it is asked whether it is still there, while a request is under way.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Where finished spans are handed in. Cheap to clone.
 #[derive(Clone)]
@@ -80,7 +82,10 @@ pub fn exporter(config: &config::Tracing, metrics: &Metrics) -> Result<Option<(T
     if config.otlp_endpoint.is_empty() {
         return Ok(None);
     }
-    let endpoint = endpoint_with(&config.otlp_endpoint, &Credentials::default())?.connect_timeout(CONNECT_TIMEOUT).timeout(EXPORT_TIMEOUT);
+    let endpoint = endpoint_with(&config.otlp_endpoint, &Credentials::default())?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(CONNECT_TIMEOUT);
     let (sender, receiver) = mpsc::channel(QUEUE_SPANS_MAX);
     let dropped = |reason: &'static str| metrics.counter(names::TRACE_SPANS_DROPPED, &[("reason", reason.into())]);
     let sampled_below = (config.sample_ratio * (u64::MAX as f64 + 1.0)) as u128;
@@ -133,7 +138,10 @@ impl SpanExporter {
             InstrumentationScope { name: env!("CARGO_PKG_NAME").into(), version: env!("CARGO_PKG_VERSION").into(), ..Default::default() };
         let scope_spans = vec![ScopeSpans { scope: Some(scope), spans, ..Default::default() }];
         let resource_spans = vec![ResourceSpans { resource: Some(self.resource.clone()), scope_spans, ..Default::default() }];
-        match self.client.export(Request::new(ExportTraceServiceRequest { resource_spans })).await {
+        let export = self.client.export(Request::new(ExportTraceServiceRequest { resource_spans }));
+        // Around all of it: the endpoint's own timeout ends with the head of the response.
+        let exported = timeout(EXPORT_TIMEOUT, export).await;
+        match exported.unwrap_or_else(|_| Err(Status::deadline_exceeded("the collector has not answered in time"))) {
             Ok(response) => {
                 let partial = response.into_inner().partial_success.unwrap_or_default();
                 let refused = u64::try_from(partial.rejected_spans).unwrap_or(0).min(count);

@@ -70,7 +70,6 @@ async fn silent_devices_are_listed_alone(on: Database) {
     register_five(&channel).await;
     eventually("all are silent", || async { (silent(&channel).await.0 == ["a", "b", "c", "d", "e"]).then_some(()) }).await;
     eventually("they are counted", || async { (gateway.metric(SILENT).await == Some(5.0)).then_some(()) }).await;
-    assert_eq!(patient.metric(SILENT).await, Some(0.0));
     let device = TestDevice::new(&channel, "c");
     // Again and again: on a slow machine it may be silent once more before the list is made.
     eventually("one is not", || async {

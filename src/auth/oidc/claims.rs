@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 pub const TOKEN_BYTES_MAX: usize = 8 << 10;
 /// How long a subject, a name or a token's id may be. OpenID Connect Core 1.0, section 2, allows as much of a subject.
 const TEXT_BYTES_MAX: usize = 255;
+const SHOWN_CHARS_MAX: usize = 64;
 /// The scope of every device, for issuers that leave out claims that are empty.
 const EVERY_DEVICE: &str = "*";
 
@@ -88,12 +89,12 @@ impl<'a> Jwt<'a> {
         let decode = |part: &str| URL_SAFE_NO_PAD.decode(part).map_err(|_| Refusal::Malformed("a part is not base64url"));
         let header: Header =
             serde_json::from_slice(&decode(header)?).map_err(|_| Refusal::Malformed("its header is not a JSON object with alg"))?;
-        let algorithm = Algorithm::parse(&header.alg).ok_or(Refusal::Algorithm(header.alg))?;
+        let algorithm = Algorithm::parse(&header.alg).ok_or_else(|| Refusal::Algorithm(shown(&header.alg)))?;
         if header.crit.is_some() {
             return Err(Refusal::Critical);
         }
         if let Some(kind) = header.typ.filter(|kind| !is_for_callers(kind)) {
-            return Err(Refusal::Type(kind));
+            return Err(Refusal::Type(shown(&kind)));
         }
         let (payload, signature) = (decode(payload)?, decode(signature)?);
         Ok(Self { algorithm, key_id: header.kid, message: message.as_bytes(), signature, payload })
@@ -128,6 +129,11 @@ impl<'a> Jwt<'a> {
         let (role, scope) = (all.role(&wanted.role_claim)?, all.scope(&wanted.scope_claim)?);
         Ok(Claims { subject, name, id, role, scope, expire_time })
     }
+}
+
+/// As much of what a stranger says as the log has room for.
+pub fn shown(text: &str) -> String {
+    text.chars().take(SHOWN_CHARS_MAX).collect()
 }
 
 /// ID tokens (`JWT`, or nothing) and access tokens (RFC 9068). A logout token or a security event is signed by the same keys.
@@ -192,8 +198,9 @@ impl All<'_> {
         }
         let scope = match self.0.get(name).and_then(Value::as_str) {
             Some(EVERY_DEVICE) => Some(LabelSelector::default()),
-            Some(text) => LabelSelector::parse(text).ok(),
-            None => None,
+            // An attribute that is there and empty was most likely forgotten.
+            Some(text) if !text.trim().is_empty() => LabelSelector::parse(text).ok(),
+            _ => None,
         };
         scope.ok_or_else(|| refused(name, "a label selector, or * for every device (oidc.scope_claim)"))
     }

@@ -20,9 +20,9 @@ use crate::{
     error::Error,
     limits::OperatorUsage,
     model::Timestamp,
-    telemetry::{Metrics, names},
+    telemetry::{Metrics, Sparing, names},
 };
-use claims::{Claims, Jwt, Refusal, TOKEN_BYTES_MAX};
+use claims::{Claims, Jwt, Refusal, TOKEN_BYTES_MAX, shown};
 use keys::{Key, KeySet, KeySetError, NoKey};
 use metrics::{Counter, Gauge};
 use parking_lot::{Mutex, RwLock};
@@ -76,7 +76,7 @@ struct Shared {
     known: RwLock<Known>,
     looks: watch::Sender<Looks>,
     next_look: Mutex<Option<Instant>>,
-    next_told: Mutex<Option<Instant>>,
+    told: Sparing,
     waiting: Semaphore,
     metrics: OidcMetrics,
 }
@@ -136,7 +136,7 @@ impl Oidc {
             known: RwLock::default(),
             looks: watch::Sender::default(),
             next_look: Mutex::default(),
-            next_told: Mutex::default(),
+            told: Sparing::every(TOLD_INTERVAL),
             waiting: Semaphore::new(WAITING_MAX),
             metrics: OidcMetrics::new(metrics),
         }));
@@ -174,7 +174,7 @@ impl Oidc {
     fn verify_now(&self, token: &str) -> Result<Arc<Grant>, Refusal> {
         let jwt = Jwt::parse(token)?;
         let keys = self.0.known.read().keys.clone().ok_or(Refusal::KeysUnavailable)?;
-        let unknown = || Refusal::UnknownKey(jwt.key_id.clone().unwrap_or_default());
+        let unknown = || Refusal::UnknownKey(shown(jwt.key_id.as_deref().unwrap_or_default()));
         let key = keys.find(jwt.algorithm, jwt.key_id.as_deref()).map_err(|no_key| match no_key {
             NoKey::Unknown => unknown(),
             NoKey::Unfit => Refusal::UnfitKey,
@@ -218,19 +218,9 @@ impl Oidc {
 
     /// Says in the log why a token is refused, and no more to its caller than of any other.
     fn refuse(&self, refusal: &Refusal) -> Error {
-        let now = Instant::now();
-        let is_told = {
-            let mut next = self.0.next_told.lock();
-            let is_told = next.is_none_or(|next| next <= now);
-            if is_told {
-                *next = Some(now + TOLD_INTERVAL);
-            }
-            is_told
-        };
-        if is_told {
-            tracing::info!(why = %refusal, "oidc.refused");
-        } else {
-            tracing::debug!(why = %refusal, "oidc.refused");
+        match self.0.told.pass() {
+            Some(left_out) => tracing::info!(why = %refusal, left_out, "oidc.refused"),
+            None => tracing::debug!(why = %refusal, "oidc.refused"),
         }
         match refusal {
             Refusal::Expired => Error::CredentialExpired,

@@ -110,11 +110,12 @@ async fn claims_that_are_not_as_they_must_be_are_refused() {
         (json!({ "tidegate_role": [] }), "\"tidegate_role\" is not"),
         (json!({ "tidegate_role": { "admin": true } }), "\"tidegate_role\" is not"),
         (json!({ "tidegate_scope": null }), "\"tidegate_scope\" is not"),
+        (json!({ "tidegate_scope": " " }), "\"tidegate_scope\" is not"),
         (json!({ "tidegate_scope": "site=a,=b" }), "\"tidegate_scope\" is not"),
         (json!({ "tidegate_scope": ["site=a"] }), "\"tidegate_scope\" is not"),
     ];
     for (changes, why) in rows {
-        let token = key.token(&changed(good("alice", "viewer", ""), &changes));
+        let token = key.token(&changed(good("alice", "viewer", "*"), &changes));
         let refusal = provider.oidc.verify_now(&token).expect_err(&changes.to_string());
         assert!(refusal.to_string().contains(why), "{changes}: {refusal}");
         let told = if why == "it has expired" { "CREDENTIAL_EXPIRED" } else { "CREDENTIAL_INVALID" };
@@ -128,7 +129,7 @@ async fn tokens_that_nobody_has_signed_well_are_refused() {
     let (rsa, p256, ed25519) = (SigningKey::rsa("r", "RS256"), SigningKey::p256("e"), SigningKey::ed25519("d"));
     let stranger = SigningKey::p256("e");
     let provider = Provider::of(&[&rsa, &p256, &ed25519, &SigningKey::p256("e2")]).await;
-    let claims = good("alice", "admin", "");
+    let claims = good("alice", "admin", "*");
     let header = |changes: Value| changed(json!({ "alg": "ES256", "kid": "e", "typ": "JWT" }), &changes);
     let signed = |changes: Value| p256.sign(&header(changes), &claims);
     let modulus = rsa.jwk()["n"].as_str().expect("a text").to_owned();
@@ -148,7 +149,7 @@ async fn tokens_that_nobody_has_signed_well_are_refused() {
         (rsa.sign(&header(json!({ "alg": "PS256", "kid": "r" })), &claims), "its signature"),
         (stranger.token(&claims), "its signature"),
         (format!("{signed_part}."), "its signature"),
-        (format!("{}.{signature}", message(&header(json!({})), &good("mallory", "admin", ""))), "its signature"),
+        (format!("{}.{signature}", message(&header(json!({})), &good("mallory", "admin", "*"))), "its signature"),
         (signed(json!({ "kid": "unknown" })), "no key of the issuer has its kid"),
         (signed(json!({ "kid": null })), "several keys"),
         (signed(json!({ "kid": 7 })), "its header is not"),
@@ -209,7 +210,7 @@ fn keys_that_cannot_be_used_are_passed_over() {
 async fn a_token_is_verified_once_and_a_subject_has_one_account_of_its_calls() {
     let key = SigningKey::ed25519("d");
     let provider = Provider::of(&[&key]).await;
-    let token = |id: &str, subject: &str| key.token(&changed(good(subject, "viewer", ""), &json!({ "jti": id })));
+    let token = |id: &str, subject: &str| key.token(&changed(good(subject, "viewer", "*"), &json!({ "jti": id })));
     let (first, second) = (token("1", "alice"), token("2", "alice"));
     assert!(provider.oidc.known(&first).is_none());
     let grant = provider.oidc.verify(&first).await.expect("good");
@@ -232,7 +233,7 @@ async fn a_token_is_verified_once_and_a_subject_has_one_account_of_its_calls() {
 async fn tokens_of_a_key_that_is_gone_are_void_and_those_of_others_are_not() {
     let (old, new) = (SigningKey::p256("old"), SigningKey::p256("new"));
     let provider = Provider::of(&[&old, &new]).await;
-    let claims = good("alice", "viewer", "");
+    let claims = good("alice", "viewer", "*");
     let (of_old, of_new) = (old.token(&claims), new.token(&claims));
     let (ended, stays) = (provider.oidc.verify(&of_old).await.expect("good"), provider.oidc.verify(&of_new).await.expect("good"));
     provider.exchange(&[&new]).await;
@@ -249,8 +250,8 @@ async fn tokens_of_a_key_that_is_gone_are_void_and_those_of_others_are_not() {
 async fn what_is_not_needed_is_forgotten() {
     let key = SigningKey::ed25519("d");
     let provider = Provider::with(&jwks(&[&key]), |settings| settings.leeway = Duration::ZERO).await;
-    let token = |subject: &str, exp: f64| key.token(&changed(good(subject, "viewer", ""), &json!({ "exp": exp })));
-    let soon = Timestamp::now().micros() as f64 / 1e6 + 0.3;
+    let token = |subject: &str, exp: f64| key.token(&changed(good(subject, "viewer", "*"), &json!({ "exp": exp })));
+    let soon = Timestamp::now().micros() as f64 / 1e6 + 2.0;
     provider.oidc.verify(&token("alice", soon)).await.expect("good");
     let held = provider.oidc.verify(&token("bob", soon)).await.expect("good");
     provider.oidc.verify(&token("carol", soon + 3600.0)).await.expect("good");
@@ -270,7 +271,7 @@ async fn bad_keys_never_take_the_place_of_good_ones() {
         std::fs::write(provider.file.path(), bad).expect("written");
         provider.oidc.fetch().await.expect_err(bad);
     }
-    provider.oidc.verify(&key.token(&good("alice", "viewer", ""))).await.expect("the key is still there");
+    provider.oidc.verify(&key.token(&good("alice", "viewer", "*"))).await.expect("the key is still there");
 }
 
 #[tokio::test]
@@ -284,6 +285,6 @@ async fn a_start_needs_the_files_that_are_named() {
     assert!(matches!(missing, OidcError::Source(SourceError::Authorities { .. })), "{missing:?}");
     settings.ca_file = "".into();
     let oidc = Oidc::load(&settings, &Metrics::new()).await.expect("an address may answer later").expect("it is on");
-    let early = oidc.verify(&SigningKey::p256("e").token(&good("alice", "viewer", ""))).await.expect_err("there are no keys");
+    let early = oidc.verify(&SigningKey::p256("e").token(&good("alice", "viewer", "*"))).await.expect_err("there are no keys");
     assert_eq!(early.reason().as_str(), "KEYS_UNAVAILABLE");
 }
