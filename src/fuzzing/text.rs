@@ -79,7 +79,8 @@ fn database_url(text: &str) {
     }
     if let Ok(url) = url::Url::parse(text)
         && let Some(password) = url.password().filter(|password| password.len() > 8)
-        && text.matches(password).count() == 1
+        // As it was taken, without control characters: nothing else in it may happen to be the same.
+        && url.as_str().matches(password).count() == 1
     {
         assert!(!shown.contains(password), "{shown}");
     }

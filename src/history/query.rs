@@ -33,7 +33,7 @@ use tokio::{
 /// How long a query waits for others to end: less than a client's patience and a stop's grace.
 const WAIT_MAX: Duration = Duration::from_secs(10);
 /// How many chunks are in memory at once: a few tens of thousands of readings.
-const CHUNKS_PER_READ: usize = 4;
+const CHUNKS_PER_READ: usize = 2;
 /// How many spans come together in one piece.
 const BUCKETS_PER_PIECE: usize = 8_192;
 
