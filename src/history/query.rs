@@ -6,6 +6,7 @@
 
 use super::{
     buckets::{Bucket, Buckets},
+    chunk::READINGS_MAX,
     merger::decoded,
     series::Series,
     slow::{DatabaseTime, SlowQueries},
@@ -34,6 +35,8 @@ use tokio::{
 const WAIT_MAX: Duration = Duration::from_secs(10);
 /// How many chunks are in memory at once: a few tens of thousands of readings.
 const CHUNKS_PER_READ: usize = 4;
+/// How many readings that are not merged go into one piece at the most: as many as the chunks have.
+const UNMERGED_PER_READ: usize = CHUNKS_PER_READ * READINGS_MAX;
 /// How much of the log is in memory at once, besides the readings that are wanted of it.
 const LOG_BYTES_PER_READ: usize = if cfg!(test) { 256 } else { 512 << 10 };
 /// How many spans come together in one piece.
@@ -98,6 +101,8 @@ struct Current {
     // All before this time was given.
     from: i64,
     unmerged: Series,
+    // How many of these were given.
+    taken: usize,
     buckets: Option<Buckets>,
 }
 
@@ -217,7 +222,7 @@ impl Answer {
                 let Some(sensor) = self.sensors.next() else { return Ok(None) };
                 let unmerged = self.unmerged.remove(&sensor.name).unwrap_or_else(|| Series::new(sensor.kind));
                 let buckets = self.query.bucket.map(Buckets::new);
-                self.current = Some(Current { sensor, from: self.query.start_time.micros(), unmerged, buckets });
+                self.current = Some(Current { sensor, from: self.query.start_time.micros(), unmerged, taken: 0, buckets });
                 continue;
             };
             let (readings, more) = current.read(&self.store, &mut self.database, self.query.end_micros()).await?;
@@ -237,22 +242,26 @@ impl Current {
     /// The next readings, and whether there may be more.
     async fn read(&mut self, store: &Store, database: &mut DatabaseTime, end: i64) -> Result<(Series, bool), StoreError> {
         let chunks = database.of(store.read_chunks(self.sensor.key, self.from, end, CHUNKS_PER_READ)).await?;
-        let more = chunks.len() == CHUNKS_PER_READ;
-        let until = match chunks.last() {
+        let mut more = chunks.len() == CHUNKS_PER_READ;
+        let mut until = match chunks.last() {
             Some(last) if more => end.min(last.last_time + 1),
             _ => end,
         };
+        if let Some(&time) = self.unmerged.times.get(self.taken + UNMERGED_PER_READ)
+            && time < until
+        {
+            (until, more) = (time, true);
+        }
         let mut readings = Series::new(self.sensor.kind);
         for chunk in &chunks {
             // From where the last read ended: the chunks may have become others since.
             readings.append(decoded(chunk, self.sensor.kind, self.sensor.key)?.between(self.from, until));
         }
-        let unmerged = self.unmerged.times.partition_point(|&time| time < until);
-        if unmerged > 0 {
-            let rest = self.unmerged.slice(unmerged..self.unmerged.len());
-            let due = std::mem::replace(&mut self.unmerged, rest).between(i64::MIN, until);
+        let due = self.taken..self.unmerged.times.partition_point(|&time| time < until);
+        if !due.is_empty() {
+            self.taken = due.end;
             // What the log says goes before what a chunk says.
-            readings.append(due);
+            readings.append(self.unmerged.slice(due));
             readings = readings.sorted();
         }
         self.from = until;

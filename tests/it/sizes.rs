@@ -40,6 +40,41 @@ async fn a_query_of_long_texts_comes_in_small_pieces_until_it_takes_too_much_mem
     assert_eq!((info.metadata["setting"].as_str(), info.metadata["limit"].as_str()), ("query.bytes_max", "8388608"));
 }
 
+/// Scenario: of one sensor there are more readings than go into one piece, those of even seconds first and then those between them, and
+/// they are merged while they are asked for. Guarantee: each comes once, in the order of time.
+#[tokio::test]
+async fn a_query_of_many_readings_that_are_being_merged_has_each_once() {
+    const READINGS: i64 = 100_000;
+    let gateway = TestGateway::start_with(|config| config.history.unmerged_bytes_max = 1).await;
+    let channel = gateway.channel();
+    let device = TestDevice::new(&channel, "pump-1");
+    let half = |offset: i64, batch: i64| {
+        let seconds = (batch * 5_000..(batch + 1) * 5_000).map(|nth| 2 * nth + offset);
+        encode(vec![pb::Frame {
+            base_time_us: T0 + (batch * 10_000 + offset) * SECOND,
+            time_deltas_us: vec![2 * SECOND; 4_999],
+            columns: vec![column("count", "", Values::Int64(seconds.collect()))],
+        }])
+    };
+    let batches = (0..2).flat_map(|offset| (0..READINGS / 10_000).map(move |batch| half(offset, batch)));
+    let upload = device.upload((1..).zip(batches));
+    let asking = async {
+        loop {
+            let answer = query(&channel, query_of(&device)).await;
+            let Ok(mut answer) = answer else { continue };
+            let Some((times, values)) = answer.remove("count") else { continue };
+            assert!(times.is_sorted_by(|a, b| a < b), "in order, and once");
+            let Values::Int64(values) = values else { panic!("another kind") };
+            assert!(times.iter().map(|time| (time - T0) / SECOND).eq(values), "each with its value");
+            if times.len() as i64 == READINGS {
+                return;
+            }
+        }
+    };
+    let (uploaded, ()) = tokio::join!(upload, soon("all are there", asking));
+    uploaded.expect("accepted");
+}
+
 #[tokio::test]
 async fn an_answer_that_is_not_read_counts_against_the_queries_until_it_is_dropped() {
     let gateway = TestGateway::start_with(|config| config.query.concurrent_max = 1).await;
