@@ -352,7 +352,7 @@ impl Default for Config {
             ingest: Ingest {
                 pending_bytes_max: 16 * MIB,
                 backlog_age: Duration::from_secs(300),
-                backlog_bytes_max: MIB / 4,
+                backlog_bytes_max: MIB / 16,
                 commit_batches_max: 4_000,
                 batch_bytes_max: MIB,
                 batch_readings_max: 100_000,
