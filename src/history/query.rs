@@ -1,6 +1,6 @@
 //! A query: one device's readings of a span of time, sensor by sensor, in the order of time.
 //!
-//! What is not merged yet is read first, a piece at a time, and what is wanted of it kept; then the chunks, a few at a time as the answer is taken. So what is merged in
+//! What is not merged yet is read first, and kept; then the chunks, a few at a time as the answer is taken. So what is merged in
 //! between is seen at least once, and what is seen twice is one reading of one time all the same. No transaction stays open for
 //! a client that takes its time.
 
@@ -16,7 +16,7 @@ use crate::{
     error::{Error, Failure},
     fleet::Device,
     model::{
-        DeviceId, Position, Timestamp,
+        DeviceId, Timestamp,
         batch::{DecodedColumn, decode_stored},
     },
     store::{LogRow, SensorRow, Store, StoreError},
@@ -37,8 +37,6 @@ const WAIT_MAX: Duration = Duration::from_secs(10);
 const CHUNKS_PER_READ: usize = 4;
 /// How many readings that are not merged go into one piece at the most: as many as the chunks have.
 const UNMERGED_PER_READ: usize = CHUNKS_PER_READ * READINGS_MAX;
-/// How much of the log is in memory at once, besides the readings that are wanted of it.
-const LOG_BYTES_PER_READ: usize = if cfg!(test) { 256 } else { 512 << 10 };
 /// How many spans come together in one piece.
 const BUCKETS_PER_PIECE: usize = 8_192;
 
@@ -120,30 +118,20 @@ impl Reader {
             Err(_) => return Err(Error::Overloaded { setting: "query.concurrent_max", limit: self.limits.concurrent_max }.into()),
         };
         let mut database = self.slow.begin(&device.id);
-        let mut held =
-            (Overlay { device: device.id.clone(), query, limits: self.limits.clone(), sensors: HashMap::new(), held: (0, 0) }, permit);
-        let (mut after, mut whole, mut bytes) = (Position(0), false, 0);
-        while !whole {
-            let Query { start_time, end_time, .. } = held.0.query;
-            let read = self.store.read_unmerged(device.key, after, start_time, end_time, LOG_BYTES_PER_READ);
-            let unmerged = database.of(read).await?;
-            // What is merged between two reads is in the chunks, which are read later.
-            (after, whole) = (unmerged.rows.last().map_or(after, |last| last.position), unmerged.whole);
-            bytes += unmerged.rows.iter().map(|row| row.batch.len()).sum::<usize>();
-            if bytes > self.limits.bytes_max {
-                return Err(Error::QueryTooLarge { setting: "query.bytes_max", limit: self.limits.bytes_max }.into());
-            }
-            // With the permit: when the caller goes away, this is in memory until the work on it ends.
-            held = aside(move || {
-                held.0.add(unmerged.rows)?;
-                if whole {
-                    held.0.sort();
-                }
-                Ok(held)
-            })
-            .await?;
+        // All at once: between two reads a later reading of the same time could be merged, and the earlier one be preferred to it.
+        let unmerged = self.store.read_unmerged(device.key, query.start_time, query.end_time, self.limits.bytes_max);
+        let unmerged = database.of(unmerged).await?;
+        if !unmerged.whole {
+            return Err(Error::QueryTooLarge { setting: "query.bytes_max", limit: self.limits.bytes_max }.into());
         }
-        let (overlay, permit) = held;
+        let mut overlay = Overlay { device: device.id.clone(), query, limits: self.limits.clone(), sensors: HashMap::new(), held: (0, 0) };
+        let (overlay, permit) = aside(move || {
+            overlay.add(unmerged.rows)?;
+            overlay.sensors.values_mut().for_each(|series| *series = std::mem::replace(series, Series::new(series.values.kind())).sorted());
+            // With the permit: when the caller goes away, this is in memory until the work on it ends.
+            Ok((overlay, permit))
+        })
+        .await?;
         // After the log: whatever it has is registered.
         let mut sensors = database.of(self.store.sensors(device.key)).await?;
         let Overlay { query, sensors: unmerged, .. } = overlay;
@@ -170,10 +158,6 @@ struct Overlay {
 }
 
 impl Overlay {
-    fn sort(&mut self) {
-        self.sensors.values_mut().for_each(|series| *series = std::mem::replace(series, Series::new(series.values.kind())).sorted());
-    }
-
     fn add(&mut self, rows: Vec<LogRow>) -> Result<(), Failure> {
         for row in rows {
             let columns = decode_stored(row.batch, |sensor| self.query.wants_sensor(sensor))

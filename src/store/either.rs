@@ -164,12 +164,10 @@ impl Store {
         /// As [`read_log`](Self::read_log); `None` when rows behind `after` have been deleted since they were merged.
         async fn read_log_unbroken(&self, after: Position, rows_max: usize, bytes_max: usize) -> Result<Option<Vec<LogRow>>, StoreError>;
 
-        /// What of a device's batches behind `after` is not in the chunks, of those that reach into the times, in order: about `bytes_max` at
-        /// the most.
+        /// What of a device's batches is not in the chunks, of those that reach into the times: about `bytes_max` at the most.
         async fn read_unmerged(
             &self,
             device: DeviceKey,
-            after: Position,
             start_time: Timestamp,
             end_time: Option<Timestamp>,
             bytes_max: usize,

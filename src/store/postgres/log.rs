@@ -256,7 +256,6 @@ impl PostgresStore {
     pub async fn read_unmerged(
         &self,
         device: DeviceKey,
-        after: Position,
         start_time: Timestamp,
         end_time: Option<Timestamp>,
         bytes_max: usize,
@@ -264,13 +263,12 @@ impl PostgresStore {
         // One statement, and so one snapshot: a row is either behind 'merged' here, or in the chunks for whoever reads them later.
         let found = sqlx::query(
             "SELECT position, device_id, receive_time, batches, batch FROM log \
-             WHERE position > greatest($4, (SELECT position FROM progress WHERE name = 'merged')) \
+             WHERE position > (SELECT position FROM progress WHERE name = 'merged') \
                  AND device_id = $1 AND last_time >= $2 AND first_time < $3 ORDER BY position",
         )
         .bind(device.0)
         .bind(start_time.micros())
         .bind(end_time.map_or(i64::MAX, Timestamp::micros))
-        .bind(after.0)
         .fetch(self.readers());
         let (rows, whole) = log_page(found, bytes_max).await?;
         Ok(Unmerged { rows, whole })

@@ -216,14 +216,12 @@ impl SqliteStore {
     pub async fn read_unmerged(
         &self,
         device: DeviceKey,
-        after: Position,
         start_time: Timestamp,
         end_time: Option<Timestamp>,
         bytes_max: usize,
     ) -> Result<Unmerged, StoreError> {
         // One statement, and so one snapshot: a row is either behind 'merged' here, or in the chunks for whoever reads them later.
-        let found = sqlx::query("SELECT position, device_id, receive_time, batches, batch FROM log WHERE position > max(?, (SELECT position FROM progress WHERE name = 'merged')) AND device_id = ? AND last_time >= ? AND first_time < ? ORDER BY position")
-            .bind(after.0)
+        let found = sqlx::query("SELECT position, device_id, receive_time, batches, batch FROM log WHERE position > (SELECT position FROM progress WHERE name = 'merged') AND device_id = ? AND last_time >= ? AND first_time < ? ORDER BY position")
             .bind(device.0)
             .bind(start_time.micros())
             .bind(end_time.map_or(i64::MAX, Timestamp::micros))
