@@ -5,7 +5,7 @@ use crate::{
     auth::Caller,
     error::{Error, Failure, Violations},
     fleet::{Device, Registry},
-    ingest::{Envelope, Ingest, Lane, Outcome, Reply, Run, SEQUENCE_MAX, hold_back},
+    ingest::{Envelope, Ingest, Lane, Outcome, Pending, Reply, SEQUENCE_MAX, hold_back},
     middleware::Draining,
     model::{BatchReject, DeviceId, StreamId, Timestamp, batch::RejectReason},
     pb::{self, telemetry_service_server::TelemetryService},
@@ -44,7 +44,8 @@ impl TelemetryService for TelemetryApi {
         };
         let (device, stream_id) = parse_first(&first)?;
         caller.may_act_as(&device)?;
-        let device = self.registry.get_or_register(&device).await?;
+        // What is done seldom is boxed, here and below: its room would else be part of every call.
+        let device = Box::pin(self.registry.get_or_register(&device)).await?;
         device.see(Timestamp::now());
         let _open = self.ingest.open(&device)?;
         let mut upload = Upload { device, stream_id, lane: Lane::default(), last: 0, summary: Summary::default() };
@@ -67,8 +68,8 @@ impl TelemetryService for TelemetryApi {
                 && let Some(first) = next.take()
             {
                 let room = self.unacknowledged_max.saturating_sub(unacknowledged);
-                let Gathered { run, left, ended } = upload.gather(&self.ingest, first, room, &mut inbound).await?;
-                let submitted = self.ingest.submit(run).await?;
+                // A run is worth an allocation, which is little beside its commit.
+                let Gathered { submitted, left, ended } = Box::pin(upload.gather(&self.ingest, first, room, &mut inbound)).await?;
                 unacknowledged += submitted.batches;
                 pending.push_back(submitted.replies());
                 // What came in before is handed in all the same.
@@ -152,9 +153,9 @@ fn envelope(message: pb::UploadRequest) -> Envelope {
     Envelope { sequence, batch, lost_batches, lost_readings }
 }
 
-/// What has come in of a call by now.
+/// What has come in of a call by now, and was handed in.
 struct Gathered {
-    run: Run,
+    submitted: Pending,
     // What found no room in the run.
     left: Option<Envelope>,
     // Whether the device has closed its side, or how the call has failed.
@@ -183,7 +184,7 @@ impl Upload {
         violations.into_result()
     }
 
-    /// A run of `first` and of what else has already come in, up to `room` batches.
+    /// Hands in a run of `first` and of what else has already come in, up to `room` batches.
     async fn gather(
         &mut self,
         ingest: &Ingest,
@@ -208,7 +209,7 @@ impl Upload {
             }
         }
         self.lane = ingest.lane_behind(&run);
-        Ok(Gathered { run, left, ended })
+        Ok(Gathered { submitted: ingest.submit(run).await?, left, ended })
     }
 
     fn take(&mut self, Reply { sequence, outcome, durable_through }: Reply) -> Result<(), Error> {

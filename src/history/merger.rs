@@ -13,6 +13,7 @@ use super::{
     gather::{Gather, Gathered},
     metrics::HistoryMetrics,
     plan::{self, BYTES_COMPLETE, READINGS_COMPLETE},
+    promptly,
     series::Series,
 };
 use crate::{
@@ -189,13 +190,17 @@ impl Merger {
     }
 
     async fn write(&self, Writes { gone, new, .. }: Writes, merged: Option<Position>) -> Result<(), StoreError> {
-        let mut tx = self.store.begin().await?;
-        tx.replace_chunks(&gone, &new).await?;
-        if let Some(merged) = merged {
-            tx.set_merged(merged).await?;
-        }
-        tx.commit().await?;
-        self.metrics.chunks_written.increment(new.len() as u64);
+        let (store, written) = (self.store.clone(), new.len() as u64);
+        promptly(async move {
+            let mut tx = store.begin().await?;
+            tx.replace_chunks(&gone, &new).await?;
+            if let Some(merged) = merged {
+                tx.set_merged(merged).await?;
+            }
+            tx.commit().await
+        })
+        .await?;
+        self.metrics.chunks_written.increment(written);
         Ok(())
     }
 }

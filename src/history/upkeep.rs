@@ -1,6 +1,9 @@
 //! The background work on what is stored: merging the log, pruning what of it is merged, deleting what is too old or too much.
 
-use super::merger::{Haste, Merged, Merger};
+use super::{
+    merger::{Haste, Merged, Merger},
+    promptly,
+};
 use crate::{
     config::{Config, History},
     fleet::Registry,
@@ -138,15 +141,21 @@ impl Upkeep {
         while let Some(through) = self.replay.first_expired(self.replay_window, self.replay_bytes_max) {
             // A start reads the latest values from the log behind those that are saved.
             if through > saved {
-                self.latest.save(&self.store).await?;
+                let (latest, store) = (self.latest.clone(), self.store.clone());
+                promptly(async move { latest.save(&store).await }).await?;
                 saved = self.store.latest_position().await?;
             }
             if through > saved {
                 break;
             }
-            let mut tx = self.store.begin().await?;
-            let pruned = tx.prune_log(through).await?;
-            tx.commit().await?;
+            let store = self.store.clone();
+            let pruned = promptly(async move {
+                let mut tx = store.begin().await?;
+                let pruned = tx.prune_log(through).await?;
+                tx.commit().await?;
+                Ok(pruned)
+            })
+            .await?;
             self.merger.metrics.pruned_entries.increment(pruned);
             self.replay.forget_first();
         }
@@ -162,8 +171,12 @@ impl Upkeep {
         let bytes_max = self.history.retention_bytes_max;
         while bytes_max > 0 && self.store.used_bytes().await? > bytes_max && self.delete_oldest(None).await? > 0 {}
         let kept = FREE_BYTES_KEPT.max(self.store.used_bytes().await? / 8);
-        while self.store.release_space(kept).await? {}
-        Ok(())
+        loop {
+            let store = self.store.clone();
+            if !promptly(async move { store.release_space(kept).await }).await? {
+                return Ok(());
+            }
+        }
     }
 
     pub(super) async fn expire_before(&self, time: i64) -> Result<(), StoreError> {
@@ -172,9 +185,14 @@ impl Upkeep {
     }
 
     async fn delete_oldest(&self, before: Option<i64>) -> Result<u64, StoreError> {
-        let mut tx = self.store.begin().await?;
-        let deleted = tx.delete_oldest_chunks(before, CHUNKS_PER_TRANSACTION).await?;
-        tx.commit().await?;
+        let store = self.store.clone();
+        let deleted = promptly(async move {
+            let mut tx = store.begin().await?;
+            let deleted = tx.delete_oldest_chunks(before, CHUNKS_PER_TRANSACTION).await?;
+            tx.commit().await?;
+            Ok(deleted)
+        })
+        .await?;
         self.merger.metrics.expired_readings.increment(deleted.readings);
         Ok(deleted.batches)
     }
