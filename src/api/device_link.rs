@@ -20,6 +20,7 @@ use crate::{
 };
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesOrdered};
 use std::{
+    pin::pin,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -153,6 +154,8 @@ impl<'a> Link<'a> {
     async fn serve(&mut self, drain: &CancellationToken, inbound: &mut Streaming<pb::ConnectRequest>) -> Result<(), Status> {
         let mut pokes = self.device.config_pokes();
         Box::pin(self.send_config()).await?;
+        // Not made anew with each message: that takes the lock that all calls share.
+        let mut drained = pin!(drain.cancelled());
         let (mut next, mut open, mut held, mut refused) = (None, true, false, None);
         while open || next.is_some() || !self.pending.is_empty() {
             let held_back = match &next {
@@ -184,7 +187,7 @@ impl<'a> Link<'a> {
                 Some(replies) = self.pending.next() => self.acknowledge(replies).await?,
                 Ok(()) = pokes.changed(), if open => Box::pin(self.send_config()).await?,
                 () = hold_back(held_back) => {}
-                () = drain.cancelled(), if open || next.is_some() => (open, next) = (false, None),
+                () = &mut drained, if open || next.is_some() => (open, next) = (false, None),
             }
         }
         if let Some(refused) = refused {

@@ -12,7 +12,7 @@ use crate::{
     store::{Count, Store},
 };
 use futures_util::{FutureExt, StreamExt, stream::FuturesOrdered};
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, pin::pin, sync::Arc};
 use tonic::{Request, Response, Status, Streaming};
 
 /// How many rejected batches an answer names one by one.
@@ -35,9 +35,11 @@ impl TelemetryService for TelemetryApi {
     async fn upload(&self, request: Request<Streaming<pb::UploadRequest>>) -> Result<Response<pb::UploadResponse>, Status> {
         let (caller, drain) = (Caller::of(request.extensions()), Draining::of(request.extensions()));
         let mut inbound = request.into_inner();
+        // Not made anew with each message: that takes the lock that all calls share.
+        let mut drained = pin!(drain.cancelled());
         let first = tokio::select! {
             first = inbound.message() => first?,
-            () = drain.cancelled() => return Err(Error::Draining.into()),
+            () = &mut drained => return Err(Error::Draining.into()),
         };
         let Some(first) = first else {
             return Err(Error::invalid("device", "the call has no message; the first one names the device").into());
@@ -92,7 +94,7 @@ impl TelemetryService for TelemetryApi {
                 }
                 () = hold_back(held_back) => {}
                 // What was taken is committed and told; the device goes on elsewhere.
-                () = drain.cancelled(), if open || next.is_some() => (open, next) = (false, None),
+                () = &mut drained, if open || next.is_some() => (open, next) = (false, None),
             }
         }
         match refused {

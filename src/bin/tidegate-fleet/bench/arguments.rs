@@ -20,7 +20,7 @@ pub struct Bench {
 
 #[derive(Debug, Subcommand)]
 pub enum Mode {
-    /// How long acknowledgements take at half of the highest rate, beside the disk's own sync.
+    /// How long acknowledgements take at parts of the highest rate, up to half of it, beside the disk's own sync.
     Latency(Latency),
     /// Whether the rate of the last tenth of a long run is that of the first.
     Soak(Soak),
@@ -198,7 +198,7 @@ pub struct Fleet {
 pub struct Latency {
     #[command(flatten)]
     pub fleet: Fleet,
-    /// For how long each of the two rates is measured.
+    /// For how long each of the rates is measured.
     #[arg(long, default_value = "20s", value_parser = duration, value_name = "DURATION")]
     pub duration: Duration,
     #[command(flatten)]

@@ -1,4 +1,4 @@
-//! How long acknowledgements take at half of the highest rate, beside what the disk takes for a sync.
+//! How long acknowledgements take at parts of the highest rate, up to half of it, beside what the disk takes for a sync.
 
 use super::{
     arguments::{Fleet, Latency, Store},
@@ -13,7 +13,9 @@ use serde::Serialize;
 use std::{fs::File, io::Write, path::Path, sync::Arc, sync::atomic::Ordering::Relaxed, time::Duration};
 use tokio::time::Instant;
 
-/// The rate is measured in so many parts, with the disk's syncs between them.
+/// At which shares of the highest rate.
+const SHARES: [f64; 4] = [0.05, 0.1, 0.25, 0.5];
+/// Each rate is measured in so many parts, with the disk's syncs between them.
 const PARTS: u32 = 5;
 /// For how long the disk is measured each time.
 const SYNC_DURATION: Duration = Duration::from_secs(1);
@@ -29,10 +31,17 @@ pub struct Outcome {
     pub connections: u32,
     /// Readings per second when each device sends as fast as it is acknowledged.
     pub rate_max: f64,
-    /// Readings per second while latencies were measured.
-    pub rate: f64,
-    pub acknowledgement: Quantiles,
+    /// From the lowest rate to half of the highest.
+    pub acknowledgements: Vec<Acknowledgements>,
     pub disk_sync: Quantiles,
+}
+
+/// Latencies at one rate.
+#[derive(Debug, Serialize)]
+pub struct Acknowledgements {
+    /// Readings per second that were acknowledged.
+    pub rate: f64,
+    pub latency: Quantiles,
 }
 
 /// In microseconds.
@@ -60,15 +69,21 @@ impl Quantiles {
 impl Outcome {
     /// The table of the documentation.
     pub fn to_markdown(&self) -> String {
-        let Self { machine, store, batch, connections, rate_max, rate, .. } = self;
-        let ratio = self.acknowledgement.p99_us as f64 / self.disk_sync.p99_us.max(1) as f64;
+        let Self { machine, store, batch, connections, rate_max, .. } = self;
+        let rows: String = self
+            .acknowledgements
+            .iter()
+            .map(|Acknowledgements { rate, latency }| {
+                latency.to_row(&format!("acknowledgement at {:.2} M/s, {:.0} % of the highest rate", rate / 1e6, 100.0 * rate / rate_max))
+            })
+            .collect();
+        let p99_us = self.acknowledgements.last().map_or(0, |half| half.latency.p99_us);
         format!(
-            "Measured on {machine}; {}, batches of {batch}, {connections} connections, {:.2} M readings/s, half of the {:.2} that Connect streams reach.\n\n| | samples | p50, ms | p99, ms | max, ms |\n|---|---|---|---|---|\n{}{}\nThe acknowledgement's p99 is {ratio:.1} times that of the sync.\n",
+            "Measured on {machine}; {}, batches of {batch}, {connections} connections; Connect streams reach {:.2} M readings/s.\n\n| | samples | p50, ms | p99, ms | max, ms |\n|---|---|---|---|---|\n{rows}{}\nThe acknowledgement's p99 at half of the highest rate is {:.1} times that of the sync.\n",
             store.name(),
-            rate / 1e6,
             rate_max / 1e6,
-            self.acknowledgement.to_row("acknowledgement"),
             self.disk_sync.to_row("write and fdatasync of 4 KiB"),
+            p99_us as f64 / self.disk_sync.p99_us.max(1) as f64,
         )
     }
 }
@@ -86,18 +101,21 @@ pub async fn run(arguments: &Latency) -> anyhow::Result<Outcome> {
     let took = links.run(*duration, Pace::Max, &fastest).await?;
     let rate_max = fastest.readings.load(Relaxed) as f64 / took.as_secs_f64();
 
-    let half = Arc::new(Measured::new());
     let mut syncs = Histogram::new_with_bounds(1, 600_000_000, 3)?;
-    let mut took = Duration::ZERO;
-    for _ in 0..PARTS {
-        sync_for(SYNC_DURATION, data.path(), &mut syncs)?;
-        took += links.run(*duration / PARTS, Pace::Rate(rate_max / 2.0), &half).await?;
+    let mut acknowledgements = Vec::with_capacity(SHARES.len());
+    for share in SHARES {
+        let (measured, mut took) = (Arc::new(Measured::new()), Duration::ZERO);
+        for _ in 0..PARTS {
+            sync_for(SYNC_DURATION, data.path(), &mut syncs)?;
+            took += links.run(*duration / PARTS, Pace::Rate(rate_max * share), &measured).await?;
+        }
+        let rate = measured.readings.load(Relaxed) as f64 / took.as_secs_f64();
+        let latency = Quantiles::of(&measured.latencies_us.lock());
+        acknowledgements.push(Acknowledgements { rate, latency });
     }
-    let rate = half.readings.load(Relaxed) as f64 / took.as_secs_f64();
-    let acknowledgement = Quantiles::of(&half.latencies_us.lock());
     let Fleet { batch, connections, store, .. } = *fleet;
     let disk_sync = Quantiles::of(&syncs);
-    Ok(Outcome { machine: process::machine(), store, batch, connections, rate_max, rate, acknowledgement, disk_sync })
+    Ok(Outcome { machine: process::machine(), store, batch, connections, rate_max, acknowledgements, disk_sync })
 }
 
 /// Appends to a file and syncs it, again and again.
