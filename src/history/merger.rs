@@ -12,8 +12,8 @@ use super::{
     chunk::{Chunk, READINGS_MAX},
     gather::{Gather, Gathered},
     metrics::HistoryMetrics,
+    pace::Haste,
     plan::{self, BYTES_COMPLETE, READINGS_COMPLETE},
-    promptly,
     series::Series,
 };
 use crate::{
@@ -22,12 +22,7 @@ use crate::{
     store::{ChunkSpan, Extent, LogSize, NewChunk, Store, StoreError},
     telemetry::Metrics,
 };
-use std::{
-    collections::HashMap,
-    iter::Peekable,
-    ops::Range,
-    time::{Duration, Instant},
-};
+use std::{collections::HashMap, iter::Peekable, ops::Range, time::Instant};
 
 // Small in the crate's own tests, so that there a few readings come to several passes, steps and transactions.
 const ROWS_PER_READ: usize = if cfg!(test) { 3 } else { 4_096 };
@@ -46,13 +41,6 @@ pub struct Merger {
     store: Store,
     registry: Registry,
     pub(super) metrics: HistoryMetrics,
-}
-
-/// How fast to go.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Haste {
-    /// How long to rest for each second of work.
-    pub rest: f64,
 }
 
 /// Chunks that wait for their transaction.
@@ -99,8 +87,7 @@ impl Merger {
 
     /// Does a pass; `None` when there was nothing to merge.
     pub async fn pass(&self, haste: Haste) -> Result<Option<Merged>, StoreError> {
-        let mut began = Instant::now();
-        let pass_began = began;
+        let began = Instant::now();
         let merged = self.store.merged_position().await?;
         let (mut gather, through) = self.gather(merged).await?;
         if through == merged {
@@ -118,15 +105,13 @@ impl Merger {
                 readings += part.iter().map(|work| work.new.len() as u64).sum::<u64>();
                 self.place(part, &mut writes).await?;
                 if writes.is_full() {
-                    self.write(std::mem::take(&mut writes), None).await?;
-                    rest(haste, &mut began).await;
+                    self.write(std::mem::take(&mut writes), None, haste).await?;
                 }
             }
         }
-        self.write(writes, Some(through)).await?;
+        self.write(writes, Some(through), haste).await?;
         self.metrics.merged_readings.increment(readings);
-        self.metrics.merge_seconds.record(pass_began.elapsed());
-        rest(haste, &mut began).await;
+        self.metrics.merge_seconds.record(began.elapsed());
         Ok(Some(Merged { after: merged, through, rows }))
     }
 
@@ -189,17 +174,19 @@ impl Merger {
         Ok(())
     }
 
-    async fn write(&self, Writes { gone, new, .. }: Writes, merged: Option<Position>) -> Result<(), StoreError> {
-        let (store, written) = (self.store.clone(), new.len() as u64);
-        promptly(async move {
-            let mut tx = store.begin().await?;
-            tx.replace_chunks(&gone, &new).await?;
-            if let Some(merged) = merged {
-                tx.set_merged(merged).await?;
-            }
-            tx.commit().await
-        })
-        .await?;
+    async fn write(&self, Writes { gone, new, .. }: Writes, merged: Option<Position>, haste: Haste) -> Result<(), StoreError> {
+        let written = new.len() as u64;
+        haste
+            .write(&self.store, move |tx| {
+                Box::pin(async move {
+                    tx.replace_chunks(&gone, &new).await?;
+                    match merged {
+                        Some(merged) => tx.set_merged(merged).await,
+                        None => Ok(()),
+                    }
+                })
+            })
+            .await?;
         self.metrics.chunks_written.increment(written);
         Ok(())
     }
@@ -269,14 +256,4 @@ fn split(readings: &Series) -> Vec<Range<usize>> {
         ranges.extend((begin < rows.end).then_some(begin..rows.end));
     }
     ranges
-}
-
-/// Rests after a piece of work that began at `began`; the next one begins now.
-async fn rest(haste: Haste, began: &mut Instant) {
-    let worked = began.elapsed().min(Duration::from_secs(1));
-    match worked.mul_f64(haste.rest) {
-        Duration::ZERO => tokio::task::yield_now().await,
-        rest => tokio::time::sleep(rest).await,
-    }
-    *began = Instant::now();
 }

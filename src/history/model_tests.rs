@@ -2,10 +2,7 @@
 //! between, a query has each sensor's readings of all stored batches, of one time the one stored last; and nothing else but what
 //! retention took.
 
-use super::{
-    merger::{Haste, Merger},
-    *,
-};
+use super::{merger::Merger, pace::Haste, *};
 use crate::{
     config::{Config, Storage},
     fleet::{Device, Registry},
@@ -224,10 +221,10 @@ async fn check(steps: Vec<Step>, storage: &Storage) {
                 running.leads().await;
                 cut_off(polls, running.merger.pass(Haste { rest: 0.0 })).await;
             }
-            Step::Prune => running.upkeep.prune().await.expect("pruned"),
+            Step::Prune => running.upkeep.prune(Haste { rest: 0.0 }).await.expect("pruned"),
             Step::Expire(before) => {
                 model.expired = model.expired.max(before);
-                running.upkeep.expire_before(before).await.expect("deleted");
+                running.upkeep.expire_before(before, Haste { rest: 0.0 }).await.expect("deleted");
             }
             Step::Restart => {
                 running.close().await;

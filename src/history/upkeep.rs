@@ -1,8 +1,8 @@
 //! The background work on what is stored: merging the log, pruning what of it is merged, deleting what is too old or too much.
 
 use super::{
-    merger::{Haste, Merged, Merger},
-    promptly,
+    merger::{Merged, Merger},
+    pace::{Haste, promptly},
 };
 use crate::{
     config::{Config, History},
@@ -27,10 +27,12 @@ const SLICE_ROWS: usize = 2_000;
 const ROWS_PER_READ: usize = 10_000;
 /// How many chunks one transaction deletes at the most.
 const CHUNKS_PER_TRANSACTION: usize = 64;
-/// How long merging rests for each second that it works: it takes half a core.
-const REST: f64 = 1.0;
-/// At so many times `history.unmerged_bytes_max` it no longer rests.
-const BACKLOG_RESTLESS: f64 = 4.0;
+/// How many seconds to rest for each that a transaction is open: a tenth of the way into the store is the background's.
+const REST: f64 = 9.0;
+/// From so many times `history.unmerged_bytes_max` on that is less, as queries read all of it.
+const BACKLOG_HURRIED: f64 = 16.0;
+/// At so many times there is no rest.
+const BACKLOG_RESTLESS: f64 = 64.0;
 /// How much free space the database keeps for what is written next: an eighth of what is used, and at least this.
 const FREE_BYTES_KEPT: u64 = 16 << 20;
 
@@ -46,6 +48,8 @@ pub struct Upkeep {
     replay: Replay,
     // Of what came in since the start, how many bytes of batches are merged.
     merged_bytes: u64,
+    // What had come in when it was last decided how fast to go.
+    appended_bytes: u64,
 }
 
 /// What of the log is merged and still kept.
@@ -69,7 +73,7 @@ impl Upkeep {
         let merger = Merger::new(store.clone(), registry, metrics);
         let (replay_window, replay_bytes_max) = (config.live.replay_window, config.live.replay_bytes_max);
         let (history, replay) = (config.history.clone(), Replay::default());
-        Self { store, latest, tail, merger, history, replay_window, replay_bytes_max, replay, merged_bytes: 0 }
+        Self { store, latest, tail, merger, history, replay_window, replay_bytes_max, replay, merged_bytes: 0, appended_bytes: 0 }
     }
 
     /// Works until `stop`: at each interval, and when enough has come in.
@@ -100,16 +104,18 @@ impl Upkeep {
     pub async fn round(&mut self) -> Result<(), StoreError> {
         let mut before = self.tail.appended_bytes();
         if self.store.lead_upkeep().await? {
-            while let Some(Merged { after, through, rows }) = self.merger.pass(self.haste()).await? {
+            let mut haste = self.haste();
+            while let Some(Merged { after, through, rows }) = self.merger.pass(haste).await? {
                 self.merged_bytes += rows.iter().map(|row| row.bytes as u64).sum::<u64>();
                 self.replay.extend(&self.store, after).await?;
                 self.replay.add(&rows, through);
-                self.prune().await?;
+                self.prune(haste).await?;
                 self.show_backlog().await?;
                 before = self.tail.appended_bytes();
+                haste = self.haste();
             }
-            self.prune().await?;
-            self.expire().await?;
+            self.prune(haste).await?;
+            self.expire(haste).await?;
         }
         // All that had come in is merged, be it by another gateway.
         self.merged_bytes = before;
@@ -121,10 +127,14 @@ impl Upkeep {
         self.tail.appended_bytes().saturating_sub(self.merged_bytes)
     }
 
-    /// The more waits, the shorter the rests.
-    fn haste(&self) -> Haste {
+    /// When much waits the rests are shorter; when nothing has come in since it was last asked, there are none.
+    fn haste(&mut self) -> Haste {
+        let appended = self.tail.appended_bytes();
+        if std::mem::replace(&mut self.appended_bytes, appended) == appended {
+            return Haste { rest: 0.0 };
+        }
         let backlog = self.backlog_bytes() as f64 / self.history.unmerged_bytes_max as f64;
-        Haste { rest: REST * ((BACKLOG_RESTLESS - backlog) / (BACKLOG_RESTLESS - 1.0)).clamp(0.0, 1.0) }
+        Haste { rest: REST * ((BACKLOG_RESTLESS - backlog) / (BACKLOG_RESTLESS - BACKLOG_HURRIED)).clamp(0.0, 1.0) }
     }
 
     async fn show_backlog(&self) -> Result<(), StoreError> {
@@ -134,7 +144,7 @@ impl Upkeep {
     }
 
     /// Deletes what of the log is merged and no longer kept for followers.
-    pub async fn prune(&mut self) -> Result<(), StoreError> {
+    pub async fn prune(&mut self, haste: Haste) -> Result<(), StoreError> {
         let merged = self.store.merged_position().await?;
         self.replay.extend(&self.store, merged).await?;
         let mut saved = self.store.latest_position().await?;
@@ -148,14 +158,7 @@ impl Upkeep {
             if through > saved {
                 break;
             }
-            let store = self.store.clone();
-            let pruned = promptly(async move {
-                let mut tx = store.begin().await?;
-                let pruned = tx.prune_log(through).await?;
-                tx.commit().await?;
-                Ok(pruned)
-            })
-            .await?;
+            let pruned = haste.write(&self.store, move |tx| Box::pin(tx.prune_log(through))).await?;
             self.merger.metrics.pruned_entries.increment(pruned);
             self.replay.forget_first();
         }
@@ -163,13 +166,13 @@ impl Upkeep {
     }
 
     /// Deletes what is too old, and of the oldest what is too much; gives back the space.
-    pub async fn expire(&self) -> Result<(), StoreError> {
+    pub async fn expire(&self, haste: Haste) -> Result<(), StoreError> {
         let age = self.history.retention_age;
         if !age.is_zero() {
-            self.expire_before(Timestamp::now().saturating_sub(age).micros()).await?;
+            self.expire_before(Timestamp::now().saturating_sub(age).micros(), haste).await?;
         }
         let bytes_max = self.history.retention_bytes_max;
-        while bytes_max > 0 && self.store.used_bytes().await? > bytes_max && self.delete_oldest(None).await? > 0 {}
+        while bytes_max > 0 && self.store.used_bytes().await? > bytes_max && self.delete_oldest(None, haste).await? > 0 {}
         let kept = FREE_BYTES_KEPT.max(self.store.used_bytes().await? / 8);
         loop {
             let store = self.store.clone();
@@ -179,20 +182,13 @@ impl Upkeep {
         }
     }
 
-    pub(super) async fn expire_before(&self, time: i64) -> Result<(), StoreError> {
-        while self.delete_oldest(Some(time)).await? > 0 {}
+    pub(super) async fn expire_before(&self, time: i64, haste: Haste) -> Result<(), StoreError> {
+        while self.delete_oldest(Some(time), haste).await? > 0 {}
         Ok(())
     }
 
-    async fn delete_oldest(&self, before: Option<i64>) -> Result<u64, StoreError> {
-        let store = self.store.clone();
-        let deleted = promptly(async move {
-            let mut tx = store.begin().await?;
-            let deleted = tx.delete_oldest_chunks(before, CHUNKS_PER_TRANSACTION).await?;
-            tx.commit().await?;
-            Ok(deleted)
-        })
-        .await?;
+    async fn delete_oldest(&self, before: Option<i64>, haste: Haste) -> Result<u64, StoreError> {
+        let deleted = haste.write(&self.store, move |tx| Box::pin(tx.delete_oldest_chunks(before, CHUNKS_PER_TRANSACTION))).await?;
         self.merger.metrics.expired_readings.increment(deleted.readings);
         Ok(deleted.batches)
     }
