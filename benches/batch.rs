@@ -17,7 +17,12 @@ fn batch(sensors: usize, rows: usize) -> Bytes {
         pb::Column { sensor: format!("temperature_{sensor}"), unit: "Cel".to_owned(), values }
     };
     let base_time_us = 1_767_225_600_000_000;
-    let frame = pb::Frame { base_time_us, time_deltas_us: vec![1_000_000; rows - 1], columns: (0..sensors).map(column).collect() };
+    let frame = pb::Frame {
+        base_time_us,
+        time_deltas_us: vec![1_000_000; rows - 1],
+        columns: (0..sensors).map(column).collect(),
+        ..Default::default()
+    };
     pb::Batch { frames: vec![frame] }.encode_to_vec().into()
 }
 

@@ -87,7 +87,12 @@ fn batch(device: usize, first: usize) -> Bytes {
         pb::Column { sensor: format!("temperature-{sensor}"), unit: "Cel".into(), values: Some(Values::Double(values).into()) }
     };
     let columns = (0..SENSORS).map(column).collect();
-    let frame = pb::Frame { base_time_us: T0 + first as i64 * SECOND, time_deltas_us: vec![SECOND; INSTANTS_PER_BATCH - 1], columns };
+    let frame = pb::Frame {
+        base_time_us: T0 + first as i64 * SECOND,
+        time_deltas_us: vec![SECOND; INSTANTS_PER_BATCH - 1],
+        columns,
+        ..Default::default()
+    };
     pb::Batch { frames: vec![frame] }.encode_to_vec().into()
 }
 

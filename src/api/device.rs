@@ -278,6 +278,7 @@ fn last_seen(loaded: Option<&Device>, last_receive_time: Option<Timestamp>) -> O
 /// `loaded` is what this gateway knows of the device besides what is stored.
 fn encode_device(row: DeviceRow, loaded: Option<&Device>, last_receive_time: Option<Timestamp>) -> pb::Device {
     let clock = loaded.and_then(|device| device.clock.offset());
+    let correction = loaded.map(|device| device.clock.correction()).filter(|micros| *micros != 0).map(duration_to_proto);
     pb::Device {
         id: row.id.to_string(),
         labels: row.labels.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
@@ -291,6 +292,7 @@ fn encode_device(row: DeviceRow, loaded: Option<&Device>, last_receive_time: Opt
             offset: Some(duration_to_proto(clock.micros)),
             uncertainty: clock.uncertainty_micros.map(duration_to_proto),
             measure_time: Some(clock.time.to_proto()),
+            correction,
         }),
     }
 }

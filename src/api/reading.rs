@@ -97,7 +97,9 @@ pub(super) fn reading_messages(sensor: &SensorRow, readings: &Series) -> VecDequ
         let (base_time_us, time_deltas_us) = deltas_from_times(&readings.times[begin..end]);
         let values = Some(readings.values.slice(begin..end).into());
         let (name, unit) = (sensor.name.clone(), sensor.unit.clone());
-        messages.push_back(Message::Readings(pb::ReadingColumn { sensor: name, unit, base_time_us, time_deltas_us, values }));
+        let clock_corrections_us = readings.corrections(begin..end);
+        let column = pb::ReadingColumn { sensor: name, unit, base_time_us, time_deltas_us, values, clock_corrections_us };
+        messages.push_back(Message::Readings(column));
         begin = end;
     }
     messages

@@ -156,7 +156,7 @@ impl Gateway {
         let (ingest, writer) =
             writer::writer(&config, store.clone(), registry.clone(), tail.clone(), latest.clone(), &metrics, readiness.clone());
         ingest.show_pending(&metrics);
-        ClockWatch::new(config.devices.clock_offset_max).show(&registry, &metrics);
+        ClockWatch::new(&config.devices).show(&registry, &metrics);
         let ingest = sink(ingest);
 
         let upkeep = Upkeep::new(&config, store.clone(), registry.clone(), latest.clone(), tail.clone(), &metrics);
@@ -415,7 +415,7 @@ impl Services<'_> {
             ingest,
             registry: registry.clone(),
             configs: configs.clone(),
-            clocks: ClockWatch::new(config.devices.clock_offset_max),
+            clocks: ClockWatch::new(&config.devices),
             store: store.clone(),
             unacknowledged_max,
         };

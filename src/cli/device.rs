@@ -167,6 +167,7 @@ pub fn device_json(device: &pb::Device) -> serde_json::Value {
             "offset_seconds": clock.offset.as_ref().map(seconds),
             "uncertainty_seconds": clock.uncertainty.as_ref().map(seconds),
             "measure_time": proto_time(clock.measure_time.as_ref()),
+            "correction_seconds": clock.correction.as_ref().map(seconds),
         })),
     })
 }

@@ -121,6 +121,8 @@ async fn follow_once(
 /// One reading, ready to be shown.
 struct Reading {
     time_us: i64,
+    // By the device's clock.
+    device_time_us: i64,
     sensor: String,
     value: crate::model::columns::Value,
     unit: String,
@@ -140,7 +142,8 @@ fn readings(batch: pb::Batch) -> Vec<Reading> {
         for (row, &time_us) in times.iter().enumerate() {
             for (sensor, unit, values) in &columns {
                 if let Some(value) = values.get(row) {
-                    readings.push(Reading { time_us, sensor: sensor.clone(), value, unit: unit.clone() });
+                    let device_time_us = time_us.wrapping_sub(frame.clock_correction_us);
+                    readings.push(Reading { time_us, device_time_us, sensor: sensor.clone(), value, unit: unit.clone() });
                 }
             }
         }
@@ -154,7 +157,7 @@ fn write_lines(message: Message, out: &mut dyn Write) -> Result<(), Failure> {
         Message::Readings(live) => (live.device, decode(live.batch)?),
         Message::Synced(_) | Message::Heartbeat(_) => return Ok(()),
     };
-    for Reading { time_us, sensor, value, unit } in readings(batch) {
+    for Reading { time_us, sensor, value, unit, .. } in readings(batch) {
         let line = format!(
             "{}  {device}  {}  {} {}",
             print::time(time_us),
@@ -168,8 +171,13 @@ fn write_lines(message: Message, out: &mut dyn Write) -> Result<(), Failure> {
 }
 
 fn write_json(message: Message, token: &str, out: &mut dyn Write) -> Result<(), Failure> {
-    let one =
-        |r: Reading| json!({"time": print::time(r.time_us), "sensor": r.sensor, "value": print::json_value(&r.value), "unit": r.unit});
+    let one = |r: Reading| {
+        let mut one = json!({"time": print::time(r.time_us), "sensor": r.sensor, "value": print::json_value(&r.value), "unit": r.unit});
+        if r.device_time_us != r.time_us {
+            one["device_time"] = print::time(r.device_time_us).into();
+        }
+        one
+    };
     let all = |batch: pb::Batch| readings(batch).into_iter().map(one).collect::<Vec<Json>>();
     let mut line = match message {
         Message::Latest(latest) => json!({"type": "latest", "device": latest.device, "readings": all(latest.batch.unwrap_or_default())}),

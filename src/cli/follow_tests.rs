@@ -30,6 +30,7 @@ fn batch(value: f64) -> pb::Batch {
                 column("temperature", "Cel", Values::Double(vec![value, value + 1.0])),
                 column("state", "", Values::Text(vec!["on".into(), "a\nb".into()])),
             ],
+            ..Default::default()
         }],
     }
 }

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     model::{
         Timestamp,
-        columns::{Values, times_from_deltas},
+        columns::{Values, device_times, times_from_deltas},
     },
     pb::{self, query_readings_response::Message, reading_service_client::ReadingServiceClient},
 };
@@ -34,6 +34,9 @@ pub struct QueryArgs {
     /// Aggregate over spans of this length: count, smallest, largest, mean, first and last value.
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
     bucket: Option<Duration>,
+    /// Also show each reading's time by the device's clock, which is another where the gateway corrected it.
+    #[arg(long, conflicts_with = "bucket")]
+    device_time: bool,
     /// How to print.
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
@@ -53,7 +56,7 @@ enum Format {
 
 /// Writes an answer as it comes in; nothing of it is kept.
 pub async fn run(args: QueryArgs, out: &mut dyn Write) -> Result<(), Failure> {
-    let QueryArgs { device, sensors, start, end, bucket, format, client } = args;
+    let QueryArgs { device, sensors, start, end, bucket, device_time, format, client } = args;
     let request = pb::QueryReadingsRequest {
         device,
         sensors,
@@ -63,7 +66,7 @@ pub async fn run(args: QueryArgs, out: &mut dyn Write) -> Result<(), Failure> {
     };
     let mut service = ReadingServiceClient::new(client.connect().await?).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let mut stream = client.answer(service.query_readings(request)).await?;
-    let mut printer = Printer::new(format, bucket.is_some(), out)?;
+    let mut printer = Printer::new(format, bucket.is_some(), device_time, out)?;
     while let Some(response) = client.next(&mut stream).await? {
         match response.message {
             Some(Message::Readings(column)) => printer.readings(column)?,
@@ -81,43 +84,53 @@ pub async fn run(args: QueryArgs, out: &mut dyn Write) -> Result<(), Failure> {
 }
 
 const READING_NAMES: [&str; 4] = ["time", "sensor", "value", "unit"];
+const DEVICE_TIME: &str = "device_time";
 const BUCKET_NAMES: [&str; 9] = ["time", "sensor", "unit", "count", "min", "max", "avg", "first", "last"];
 
 struct Printer<'a> {
     format: Format,
+    device_time: bool,
     /// The sensor whose heading was printed last.
     sensor: Option<String>,
     out: &'a mut dyn Write,
 }
 
 impl<'a> Printer<'a> {
-    fn new(format: Format, buckets: bool, out: &'a mut dyn Write) -> Result<Self, Failure> {
+    fn new(format: Format, buckets: bool, device_time: bool, out: &'a mut dyn Write) -> Result<Self, Failure> {
         if format == Format::Csv {
             let mut rows = csv::Writer::from_writer(Vec::new());
-            rows.write_record(if buckets { &BUCKET_NAMES[..] } else { &READING_NAMES[..] })?;
+            let names = if buckets { &BUCKET_NAMES[..] } else { &READING_NAMES[..] };
+            rows.write_record(names.iter().copied().chain(device_time.then_some(DEVICE_TIME)))?;
             write_csv(rows, out)?;
         }
-        Ok(Self { format, sensor: None, out })
+        Ok(Self { format, device_time, sensor: None, out })
     }
 
     fn readings(&mut self, column: pb::ReadingColumn) -> Result<(), Failure> {
-        let pb::ReadingColumn { sensor, unit, base_time_us, time_deltas_us, values } = column;
+        let pb::ReadingColumn { sensor, unit, base_time_us, time_deltas_us, values, clock_corrections_us } = column;
         let times = times_from_deltas(base_time_us, &time_deltas_us).unwrap_or_default();
-        let Some(values) = values.map(Values::from).filter(|values| values.len() == times.len()) else {
+        let own_times = device_times(&times, &clock_corrections_us);
+        let values = values.map(Values::from).filter(|values| values.len() == times.len());
+        let (Some(values), Some(own_times)) = (values, own_times) else {
             return Err(Failure::Failed(format!("the gateway sent a column of {sensor:?} with more times than values")));
         };
         self.heading(&sensor, &unit)?;
         let (mut table, mut rows) = (Table::bare(), csv::Writer::from_writer(Vec::new()));
         for (row, &time) in times.iter().enumerate() {
             let value = values.get(row).expect("as many values as times");
+            let own = self.device_time.then(|| print::time(own_times[row]));
             match self.format {
-                Format::Table => table.row([print::time(time), print::value(&value)]),
-                Format::Csv => rows.write_record([&print::time(time), &sensor, &print::value(&value), &unit])?,
-                Format::Json => writeln!(
-                    self.out,
-                    "{}",
-                    json!({"time": print::time(time), "sensor": sensor, "value": print::json_value(&value), "unit": unit})
-                )?,
+                Format::Table => table.row([print::time(time), print::value(&value)].into_iter().chain(own)),
+                Format::Csv => {
+                    rows.write_record([print::time(time), sensor.clone(), print::value(&value), unit.clone()].into_iter().chain(own))?
+                }
+                Format::Json => {
+                    let mut line = json!({"time": print::time(time), "sensor": sensor, "value": print::json_value(&value), "unit": unit});
+                    if let Some(own) = own {
+                        line[DEVICE_TIME] = own.into();
+                    }
+                    writeln!(self.out, "{line}")?;
+                }
             }
         }
         table.write(self.out, "  ")?;
@@ -183,7 +196,7 @@ mod tests {
 
     fn printed(format: Format, buckets: bool, print: impl Fn(&mut Printer<'_>)) -> String {
         let mut out = Vec::new();
-        let mut printer = Printer::new(format, buckets, &mut out).expect("memory takes it");
+        let mut printer = Printer::new(format, buckets, false, &mut out).expect("memory takes it");
         print(&mut printer);
         String::from_utf8(out).expect("UTF-8")
     }
@@ -196,6 +209,7 @@ mod tests {
             base_time_us,
             time_deltas_us: vec![1_000_000],
             values: Some(values),
+            clock_corrections_us: vec![],
         }
     }
 
@@ -227,6 +241,24 @@ mod tests {
     }
 
     #[test]
+    fn the_time_by_the_devices_clock_is_shown_when_asked_for() {
+        for (format, expected) in [
+            (Format::Csv, "time,sensor,value,unit,device_time\n1970-01-01T00:00:00.000Z,state,on,,1970-01-01T00:00:05.000Z\n"),
+            (Format::Json, "\"device_time\":\"1970-01-01T00:00:05.000Z\""),
+            (Format::Table, "1970-01-01T00:00:00.000Z  on      1970-01-01T00:00:05.000Z"),
+        ] {
+            let mut out = Vec::new();
+            let column = pb::ReadingColumn { clock_corrections_us: vec![-5_000_000, 0], ..column(0) };
+            Printer::new(format, false, true, &mut out).expect("memory takes it").readings(column).expect("printed");
+            let text = String::from_utf8(out).expect("UTF-8");
+            assert!(text.contains(expected), "{text}");
+        }
+        let mut out = Vec::new();
+        let mut printer = Printer::new(Format::Csv, false, true, &mut out).expect("memory takes it");
+        assert!(printer.readings(pb::ReadingColumn { clock_corrections_us: vec![1], ..column(0) }).is_err(), "not one a reading");
+    }
+
+    #[test]
     fn a_table_names_each_sensor_once() {
         let text = printed(Format::Table, false, |printer| {
             printer.readings(column(0)).expect("printed");
@@ -248,7 +280,7 @@ mod tests {
     #[test]
     fn a_column_that_does_not_add_up_is_an_error() {
         let mut out = Vec::new();
-        let mut printer = Printer::new(Format::Csv, false, &mut out).expect("memory takes it");
+        let mut printer = Printer::new(Format::Csv, false, false, &mut out).expect("memory takes it");
         assert!(printer.readings(pb::ReadingColumn { time_deltas_us: vec![], ..column(0) }).is_err());
     }
 }

@@ -61,10 +61,14 @@ pub async fn run(args: ShowArgs, out: &mut dyn Write) -> Result<(), Failure> {
 fn clock_line(clock: &pb::ClockOffset) -> String {
     let offset = clock.offset.as_ref().map_or(0.0, seconds);
     let direction = if offset < 0.0 { "behind" } else { "ahead" };
-    match &clock.uncertainty {
+    let shown = match &clock.uncertainty {
         Some(uncertainty) => format!("{:.3} s {direction}, ±{:.3} s", offset.abs(), seconds(uncertainty)),
         None if offset < 0.0 => format!("at most {:.3} s behind, by its readings", offset.abs()),
         None => format!("at least {offset:.3} s ahead, by its readings"),
+    };
+    match &clock.correction {
+        Some(correction) => format!("{shown}; its times are corrected by {:+.3} s", seconds(correction)),
+        None => shown,
     }
 }
 

@@ -127,7 +127,7 @@ impl FrameDraft {
             unit: column.unit,
             values: Some(column.values.into()),
         });
-        pb::Frame { base_time_us, time_deltas_us, columns: columns.collect() }
+        pb::Frame { base_time_us, time_deltas_us, columns: columns.collect(), ..Default::default() }
     }
 }
 

@@ -1,8 +1,8 @@
 //! What is in effect where nothing else is said.
 
 use super::{
-    Auth, AuthMode, Config, DatabaseUrl, Devices, Export, Grpc, History, Http, Ingest, Limits, Live, Log, Oidc, Query, Shutdown, Storage,
-    Tls, Tracing,
+    Auth, AuthMode, ClockCorrection, Config, DatabaseUrl, Devices, Export, Grpc, History, Http, Ingest, Limits, Live, Log, Oidc, Query,
+    Shutdown, Storage, Tls, Tracing,
 };
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -81,6 +81,7 @@ impl Default for Config {
                 config_bytes_max: 64 << 10,
                 reconcile_interval: Duration::from_secs(30),
                 clock_offset_max: Duration::from_secs(60),
+                clock_correction: ClockCorrection::Off,
                 silent_after: Duration::from_secs(600),
             },
             limits: Limits {

@@ -179,8 +179,19 @@ pub struct Devices {
     pub reconcile_interval: Duration,
     #[serde(with = "duration")]
     pub clock_offset_max: Duration,
+    pub clock_correction: ClockCorrection,
     #[serde(with = "duration")]
     pub silent_after: Duration,
+}
+
+/// What is done about a device's clock that is off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClockCorrection {
+    /// The times of its readings stay as they are.
+    Off,
+    /// A measured offset is taken off the times of its readings.
+    Measured,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -427,6 +438,9 @@ impl Config {
         }
         for (key, allowed) in self.oidc.wrong_relations(self.auth.mode) {
             refuse(key, allowed.into());
+        }
+        if self.devices.clock_correction == ClockCorrection::Measured && self.devices.clock_offset_max.is_zero() {
+            refuse("devices.clock_correction", "off while devices.clock_offset_max is 0s, which is any offset".into());
         }
         if self.grpc.message_bytes_max > self.grpc.incoming_bytes_max {
             refuse("grpc.message_bytes_max", format!("at most grpc.incoming_bytes_max, which is {}", self.grpc.incoming_bytes_max));

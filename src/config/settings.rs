@@ -411,6 +411,11 @@ pub static SETTINGS: &[Setting] = &[
         "How far a device's clock may be from the gateway's before it is logged and counted as off. 0s: any offset.",
     ),
     setting(
+        "devices.clock_correction",
+        Allowed::OneOf(&["off", "measured"]),
+        "Whether readings of a device whose clock is off for certain, by an offset that its ClockSample told, get it taken off their times as they come in; both times are kept.",
+    ),
+    setting(
         "devices.silent_after",
         seconds(1..=365 * DAY),
         "How long nothing may be heard of a device before it is listed as silent; more than the longest sleep of the devices.",

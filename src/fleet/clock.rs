@@ -4,17 +4,26 @@
 //! give the offset and how far wrong it can be at the most, the network being slower one way than the other (RFC 5905 section 8). And
 //! readings tell, with every device: one with the time `t` that came in at `r` was measured earlier than `r`, so that the clock is
 //! ahead by `t − r` at least. That is a lower bound alone: a clock that is behind looks like readings that come late.
+//!
+//! Where the settings ask for it, the times of readings are [corrected](crate::model::correction) by an offset that was measured. What is
+//! added to them stays the same as long as further measurements allow it, so that times keep their distances.
 
 use super::{Device, Registry};
 use crate::{
+    config::{self, ClockCorrection},
     model::Timestamp,
     telemetry::{Metrics, names},
 };
 use parking_lot::Mutex;
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicI64, Ordering},
+    time::Duration,
+};
 
 /// For how long, and up to twice as long, the highest lead of readings counts.
 const WINDOW: Duration = Duration::from_secs(600);
+/// By how many microseconds a correction may be further from a measurement than that can be wrong, and stays: clocks drift.
+const CORRECTION_TOLERANCE: i64 = 10_000;
 
 /// An estimate of a device's clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +67,17 @@ impl ClockOffset {
             _ => Standing::Right,
         }
     }
+
+    /// What is to be added to the device's times by this measurement, microseconds, when `before` was until now; 0: nothing.
+    fn correction(&self, before: i64, max: Duration) -> i64 {
+        let Some(uncertainty) = self.uncertainty_micros else { return 0 };
+        let stays = before != 0 && self.micros.saturating_add(before).saturating_abs() <= uncertainty.saturating_add(CORRECTION_TOLERANCE);
+        match self.standing(max) {
+            _ if stays => before,
+            Standing::Right => 0,
+            Standing::Ahead | Standing::Behind => -self.micros,
+        }
+    }
 }
 
 /// A message to a device and the answer.
@@ -88,7 +108,11 @@ impl Exchange {
 
 /// What a gateway knows of one device's clock, since the gateway began.
 #[derive(Debug, Default)]
-pub struct DeviceClock(Mutex<Known>);
+pub struct DeviceClock {
+    known: Mutex<Known>,
+    // Beside the rest, as it is looked at with each run of batches.
+    correction: AtomicI64,
+}
 
 #[derive(Debug, Default)]
 struct Known {
@@ -109,12 +133,17 @@ struct Window {
 impl DeviceClock {
     /// The estimate; `None` when nothing tells.
     pub fn offset(&self) -> Option<ClockOffset> {
-        self.0.lock().offset()
+        self.known.lock().offset()
     }
 
     /// Whether the clock is off, as of the last time that anything told.
     pub fn standing(&self) -> Standing {
-        self.0.lock().standing
+        self.known.lock().standing
+    }
+
+    /// What is added to the times of the device's readings as they come in, microseconds; 0: nothing.
+    pub fn correction(&self) -> i64 {
+        self.correction.load(Ordering::Relaxed)
     }
 }
 
@@ -153,22 +182,24 @@ impl Known {
     }
 }
 
-/// Compares clocks, and tells of those that are off. Cheap to copy.
+/// Compares clocks, and tells of those that are off, or has them corrected. Cheap to copy.
 #[derive(Debug, Clone, Copy)]
 pub struct ClockWatch {
     offset_max: Duration,
+    correction: ClockCorrection,
 }
 
 impl ClockWatch {
-    /// A clock may be this much off; 0: anything.
-    pub fn new(offset_max: Duration) -> Self {
-        Self { offset_max }
+    /// As the settings say.
+    pub fn new(settings: &config::Devices) -> Self {
+        Self { offset_max: settings.clock_offset_max, correction: settings.clock_correction }
     }
 
     /// The device answered.
     pub fn measure(self, device: &Device, exchange: Exchange) {
         if let Some(offset) = exchange.offset() {
             self.note(device, |known| known.measure(offset));
+            self.correct(device, offset);
         }
     }
 
@@ -178,7 +209,7 @@ impl ClockWatch {
     }
 
     fn note(self, device: &Device, learn: impl FnOnce(&mut Known)) {
-        let mut known = device.clock.0.lock();
+        let mut known = device.clock.known.lock();
         learn(&mut known);
         let Some(offset) = known.offset() else { return };
         let (before, now) = (known.standing, offset.standing(self.offset_max));
@@ -194,19 +225,38 @@ impl ClockWatch {
         }
     }
 
-    /// Shows at each scrape how many devices' clocks are off.
+    /// Begins, changes or ends the correction of a device's times.
+    fn correct(self, device: &Device, measured: ClockOffset) {
+        if self.correction == ClockCorrection::Off {
+            return;
+        }
+        let wanted = |before| Some(measured.correction(before, self.offset_max));
+        let (Ok(before) | Err(before)) = device.clock.correction.fetch_update(Ordering::Relaxed, Ordering::Relaxed, wanted);
+        let now = measured.correction(before, self.offset_max);
+        if now != before {
+            let (offset_seconds, correction_seconds) = (measured.micros as f64 / 1e6, now as f64 / 1e6);
+            tracing::info!(device = %device.id, offset_seconds, correction_seconds, "device.clock_corrected");
+        }
+    }
+
+    /// Shows at each scrape how many devices' clocks are off, and how many are corrected.
     pub fn show(self, registry: &Registry, metrics: &Metrics) {
         let gauge = |direction: &'static str| metrics.gauge(names::DEVICES_CLOCK_OFF, &[("direction", direction.into())]);
         let (ahead, behind, registry) = (gauge("ahead"), gauge("behind"), registry.clone());
+        let corrected = metrics.gauge(names::DEVICES_CLOCK_CORRECTED, &[]);
         metrics.on_scrape(move || {
-            let (mut are_ahead, mut are_behind) = (0_u32, 0_u32);
-            registry.each_loaded(|device| match device.clock.standing() {
-                Standing::Ahead => are_ahead += 1,
-                Standing::Behind => are_behind += 1,
-                Standing::Right => {}
+            let (mut are_ahead, mut are_behind, mut are_corrected) = (0_u32, 0_u32, 0_u32);
+            registry.each_loaded(|device| {
+                match device.clock.standing() {
+                    Standing::Ahead => are_ahead += 1,
+                    Standing::Behind => are_behind += 1,
+                    Standing::Right => {}
+                }
+                are_corrected += u32::from(device.clock.correction() != 0);
             });
             ahead.set(are_ahead);
             behind.set(are_behind);
+            corrected.set(are_corrected);
         });
     }
 }
@@ -279,6 +329,22 @@ mod tests {
         assert_eq!(known.offset(), Some(measured));
         known.see(SECOND + 11, at(3));
         assert_eq!(known.offset().map(|offset| (offset.micros, offset.uncertainty_micros)), Some((SECOND + 11, None)));
+    }
+
+    #[test]
+    fn a_correction_stays_as_long_as_measurements_allow_it() {
+        let max = Duration::from_secs(60);
+        let correction = |micros, uncertainty, before| {
+            ClockOffset { micros, uncertainty_micros: Some(uncertainty), time: at(0) }.correction(before, max)
+        };
+        assert_eq!(correction(3600 * SECOND, 500, 0), -3600 * SECOND);
+        assert_eq!(correction(-3600 * SECOND, 500, 0), 3600 * SECOND);
+        assert_eq!(correction(3600 * SECOND + 10_500, 500, -3600 * SECOND), -3600 * SECOND, "within the measurement and the tolerance");
+        assert_eq!(correction(3600 * SECOND + 10_501, 500, -3600 * SECOND), -3600 * SECOND - 10_501);
+        assert_eq!(correction(3700 * SECOND, 200 * SECOND, -3600 * SECOND), -3600 * SECOND, "a poor measurement changes nothing");
+        assert_eq!(correction(0, 500, -3600 * SECOND), 0, "the clock is right again");
+        assert_eq!(correction(60 * SECOND, 500, 0), 0, "not off for certain");
+        assert_eq!(ClockOffset { micros: 3600 * SECOND, uncertainty_micros: None, time: at(0) }.correction(0, max), 0, "a bound alone");
     }
 
     #[test]

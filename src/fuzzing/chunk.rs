@@ -30,6 +30,7 @@ pub fn chunk(data: &[u8]) {
         value_base: input.integer(),
         value_divisor: f64::from_le_bytes(input.array()),
         points: input.rest_as_text().into_owned(),
+        clock_corrections: None,
     };
     // The number of readings is known besides: none other is taken.
     let elements: Option<Vec<serde_json::Value>> = serde_json::from_str(&chunk.points).ok();

@@ -107,7 +107,7 @@ mod tests {
         // In pieces of any size.
         for piece in rows.chunks(4) {
             let (times, values) = piece.iter().copied().unzip();
-            buckets.add(&Series { times, values: Values::Double(values) });
+            buckets.add(&Series::from((times, Values::Double(values))));
         }
         let complete = buckets.take_complete(3).expect("four, the last of them open");
         let shown: Vec<_> = complete.iter().map(|b| (b.start, b.count, b.minimum, b.maximum, b.average(), b.first)).collect();

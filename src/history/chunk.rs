@@ -10,7 +10,8 @@
 //! | > 0 | 0 | `[t, v]` | the first | the second |
 //!
 //! The time is `time_base + k * time_step + t * time_unit`: readings at an even pace have no time numbers, and of others most are
-//! small. The value depends on `encoding`: `decimal` is `(value_base + v) / value_divisor`, `integer` is `value_base + v`, `real` and
+//! small. `clock_corrections` says what was added to the times as they came in, NULL when nothing was: `[[k, micros], ...]`, each for the
+//! elements from k to the next one's, the first from 0. The value depends on `encoding`: `decimal` is `(value_base + v) / value_divisor`, `integer` is `value_base + v`, `real` and
 //! `text` are `v` itself. Decoding gives back every bit, except of a NaN, of which there is one.
 
 use super::json;
@@ -53,6 +54,8 @@ pub struct Chunk {
     pub value_divisor: f64,
     /// The elements.
     pub points: String,
+    /// What was [added](super::corrections) to the times as they came in; `None`: nothing.
+    pub clock_corrections: Option<String>,
 }
 
 /// What the values of a chunk are.
@@ -89,7 +92,7 @@ impl Encoding {
 pub type Columns = (Vec<i64>, Values);
 
 impl Chunk {
-    /// The chunk of some readings: at least one, their times those of [`Timestamp`](crate::model::Timestamp)s and strictly increasing.
+    /// The chunk of some readings to whose times nothing was added: at least one, their times those of [`Timestamp`](crate::model::Timestamp)s and strictly increasing.
     pub fn encode(times: &[i64], values: &Values) -> Self {
         let (first_time, last_time) = (times[0], times[times.len() - 1]);
         let pace = Pace::of(times);
@@ -129,6 +132,7 @@ impl Chunk {
             value_base,
             value_divisor,
             points: writer.finish(),
+            clock_corrections: None,
         }
     }
 

@@ -338,7 +338,7 @@ fn behind(place: &Place, sensor: &SensorRow, readings: Series) -> Series {
         return readings;
     }
     let begin = readings.times.partition_point(|&time| time <= place.time.micros());
-    Series { times: readings.times[begin..].to_vec(), values: readings.values.slice(begin..readings.len()) }
+    readings.slice(begin..readings.len())
 }
 
 #[cfg(test)]

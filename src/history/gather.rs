@@ -123,7 +123,7 @@ impl Gather {
                 let column = column?;
                 let index = device.sensors.index_of(&column, &mut next).ok_or(Unusual)?;
                 let place = device.place(index, &mut self.sensors);
-                self.sensors[place].readings.append_encoded(&self.times, &column.values)?;
+                self.sensors[place].readings.append_encoded(&self.times, frame.clock_correction, &column.values)?;
                 // Texts are counted by what they take in the batch.
                 self.bytes += size_of_val(self.times.as_slice()) + column.values.memory_bytes(self.times.len());
             }
@@ -155,7 +155,7 @@ impl Gather {
         let Some(device) = known.device.clone() else { return Ok(None) };
         let Some(index) = known.sensors.index(&column.sensor) else { return Ok(Some(column)) };
         let place = known.place(index, &mut self.sensors);
-        let readings = Series { times: column.times, values: column.values };
+        let readings = Series::from((column.times, column.values)).corrected_by(column.clock_correction);
         self.bytes += readings.memory_bytes();
         if self.sensors[place].readings.append(readings) {
             return Ok(None);

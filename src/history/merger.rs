@@ -10,6 +10,7 @@
 
 use super::{
     chunk::{Chunk, READINGS_MAX},
+    corrections,
     gather::{Gather, Gathered},
     metrics::HistoryMetrics,
     pace::Haste,
@@ -228,14 +229,19 @@ impl Work {
 }
 
 fn new_chunk(sensor_key: i64, readings: &Series) -> NewChunk {
-    let chunk = Chunk::encode(&readings.times, &readings.values);
+    let chunk =
+        Chunk { clock_corrections: corrections::encode(&readings.clock_corrections), ..Chunk::encode(&readings.times, &readings.values) };
     NewChunk { sensor_key, complete: chunk.readings >= READINGS_COMPLETE || chunk.points.len() >= BYTES_COMPLETE, chunk }
 }
 
 /// The readings of a chunk.
 pub(super) fn decoded(chunk: &Chunk, kind: ValueKind, sensor_key: i64) -> Result<Series, StoreError> {
     let damaged = || StoreError::Damaged(format!("the chunk of sensor {sensor_key} that begins at {} cannot be read", chunk.first_time));
-    chunk.decode(kind).map(Series::from).ok_or_else(damaged)
+    let readings = chunk.decode(kind).map(Series::from).ok_or_else(damaged)?;
+    match &chunk.clock_corrections {
+        None => Ok(readings),
+        Some(runs) => Ok(Series { clock_corrections: corrections::decode(runs, readings.len()).ok_or_else(damaged)?, ..readings }),
+    }
 }
 
 /// Rows for a chunk each: of about one size, and of texts not much more than a complete chunk's bytes.

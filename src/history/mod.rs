@@ -2,6 +2,7 @@
 
 mod buckets;
 pub mod chunk;
+mod corrections;
 pub mod export;
 mod gather;
 mod json;

@@ -175,7 +175,7 @@ fn batch(upload: &Upload, number: i64) -> (Vec<u8>, Vec<Reading>) {
         values: Some(Values::Int64(values.clone()).into()),
     };
     let columns = upload.sensors.iter().map(column).collect();
-    let frame = pb::Frame { base_time_us: times[0], time_deltas_us: vec![upload.pace; times.len() - 1], columns };
+    let frame = pb::Frame { base_time_us: times[0], time_deltas_us: vec![upload.pace; times.len() - 1], columns, ..Default::default() };
     let rows = upload.sensors.iter().flat_map(|sensor| times.iter().zip(&values).map(|(time, value)| ((*sensor, *time), *value)));
     (pb::Batch { frames: vec![frame] }.encode_to_vec(), rows.collect())
 }

@@ -169,16 +169,18 @@ impl Overlay {
         Ok(())
     }
 
-    fn add_column(&mut self, DecodedColumn { sensor, times, values }: DecodedColumn) -> Result<(), Failure> {
+    fn add_column(&mut self, DecodedColumn { sensor, times, clock_correction, values }: DecodedColumn) -> Result<(), Failure> {
         let (start, end) = (self.query.start_time.micros(), self.query.end_micros());
         let wanted = |time: &i64| (start..end).contains(time);
-        let series = match times.iter().all(wanted) {
-            true => Series { times, values },
+        let all = Series::from((times, values));
+        let series = match all.times.iter().all(wanted) {
+            true => all,
             false => {
-                let rows: Vec<usize> = (0..times.len()).filter(|&row| wanted(&times[row])).collect();
-                Series { values: values.select(&rows), times: rows.into_iter().map(|row| times[row]).collect() }
+                let rows: Vec<usize> = (0..all.len()).filter(|&row| wanted(&all.times[row])).collect();
+                all.select(&rows)
             }
-        };
+        }
+        .corrected_by(clock_correction);
         self.held = (self.held.0 + series.len(), self.held.1 + series.memory_bytes());
         let limits =
             [("query.readings_max", self.held.0, self.limits.readings_max), ("query.bytes_max", self.held.1, self.limits.bytes_max)];

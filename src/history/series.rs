@@ -8,25 +8,35 @@ use crate::model::{
 };
 use std::ops::Range;
 
-/// Readings of one sensor: times, and a value for each.
+/// Readings of one sensor: times, and a value and a correction for each.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Series {
     /// Microseconds since the epoch.
     pub times: Vec<i64>,
     /// The values.
     pub values: Values,
+    /// What was added to each of the times as it came in, microseconds; empty when nothing was to any.
+    pub clock_corrections: Vec<i64>,
 }
 
 impl From<Columns> for Series {
     fn from((times, values): Columns) -> Self {
-        Self { times, values }
+        Self { times, values, clock_corrections: Vec::new() }
     }
 }
 
 impl Series {
     /// No readings.
     pub fn new(kind: ValueKind) -> Self {
-        Self { times: Vec::new(), values: Values::new(kind) }
+        Self::from((Vec::new(), Values::new(kind)))
+    }
+
+    /// With the same added to all times.
+    pub fn corrected_by(mut self, clock_correction: i64) -> Self {
+        if clock_correction != 0 {
+            self.clock_corrections = vec![clock_correction; self.len()];
+        }
+        self
     }
 
     /// How many readings there are.
@@ -41,7 +51,7 @@ impl Series {
 
     /// How much memory they take.
     pub fn memory_bytes(&self) -> usize {
-        size_of_val(self.times.as_slice()) + self.values.memory_bytes()
+        size_of_val(self.times.as_slice()) + size_of_val(self.clock_corrections.as_slice()) + self.values.memory_bytes()
     }
 
     /// Takes readings behind its own, as they come; `false` when their values are of another kind.
@@ -50,14 +60,28 @@ impl Series {
             *self = other;
             return true;
         }
+        let before = self.len();
         self.times.append(&mut other.times);
+        if self.has_corrections() || other.has_corrections() {
+            self.clock_corrections.resize(before, 0);
+            self.clock_corrections.append(&mut other.clock_corrections);
+            self.clock_corrections.resize(self.times.len(), 0);
+        }
         self.values.append(other.values)
     }
 
-    /// Takes a column of a stored batch behind its own readings; all of it, or after an error nothing.
-    pub fn append_encoded(&mut self, times: &[i64], values: &RawValues<'_>) -> Result<(), Unusual> {
+    fn has_corrections(&self) -> bool {
+        !self.clock_corrections.is_empty()
+    }
+
+    /// Takes a column of a stored batch, and what was added to its times, behind its own readings; all of it, or after an error nothing.
+    pub fn append_encoded(&mut self, times: &[i64], clock_correction: i64, values: &RawValues<'_>) -> Result<(), Unusual> {
         let taken = self.append_values(values);
         if taken.is_ok() && self.values.len() == self.times.len() + times.len() {
+            if self.has_corrections() || clock_correction != 0 {
+                self.clock_corrections.resize(self.times.len(), 0);
+                self.clock_corrections.resize(self.times.len() + times.len(), clock_correction);
+            }
             self.times.extend_from_slice(times);
             return Ok(());
         }
@@ -78,7 +102,16 @@ impl Series {
 
     /// A copy of some of them.
     pub fn slice(&self, rows: Range<usize>) -> Self {
-        Self { times: self.times[rows.clone()].to_vec(), values: self.values.slice(rows) }
+        let clock_corrections = self.corrections(rows.clone());
+        Self { times: self.times[rows.clone()].to_vec(), values: self.values.slice(rows), clock_corrections }
+    }
+
+    /// A copy of the corrections of some of them; empty when nothing was added to any.
+    pub fn corrections(&self, rows: Range<usize>) -> Vec<i64> {
+        match self.clock_corrections.get(rows) {
+            Some(some) if some.iter().any(|&micros| micros != 0) => some.to_vec(),
+            _ => Vec::new(),
+        }
     }
 
     /// Those at or after `start` and before `end`.
@@ -101,7 +134,13 @@ impl Series {
                 _ => kept.push(row),
             }
         }
-        Self { times: kept.iter().map(|&row| self.times[row]).collect(), values: self.values.select(&kept) }
+        self.select(&kept)
+    }
+
+    /// The readings of these rows, in their order; no row may be there twice.
+    pub fn select(self, rows: &[usize]) -> Self {
+        let select = |all: &[i64]| rows.iter().filter_map(|&row| all.get(row).copied()).collect();
+        Self { times: select(&self.times), clock_corrections: select(&self.clock_corrections), values: self.values.select(rows) }
     }
 }
 
@@ -131,19 +170,34 @@ mod tests {
         assert_eq!(pb::Batch::decode(batch.as_slice()).expect("a batch").frames[0].columns[0].sensor, "s");
         let frame = scan::frames(&batch).next().expect("one").expect("usual");
         let column = frame.columns().next().expect("one").expect("usual");
-        let mut readings = Series { times: vec![1], values: Values::Text(vec!["before".into()]) };
-        assert_eq!(readings.append_encoded(&[2, 3], &column.values), Err(Unusual));
-        assert_eq!(readings, Series { times: vec![1], values: Values::Text(vec!["before".into()]) });
+        let before = Series::from((vec![1], Values::Text(vec!["before".into()])));
+        let mut readings = before.clone();
+        assert_eq!(readings.append_encoded(&[2, 3], 5, &column.values), Err(Unusual));
+        assert_eq!(readings, before);
     }
 
     #[test]
     fn of_one_time_the_reading_stored_last_wins() {
-        let readings = |rows: &[(i64, f64)]| Series {
-            times: rows.iter().map(|row| row.0).collect(),
-            values: Values::Double(rows.iter().map(|row| row.1).collect()),
+        let readings = |rows: &[(i64, f64)]| {
+            Series::from((rows.iter().map(|row| row.0).collect(), Values::Double(rows.iter().map(|row| row.1).collect())))
         };
         let sorted = readings(&[(3, 1.0), (1, 2.0), (3, 3.0), (2, 4.0), (1, 5.0)]).sorted();
         assert_eq!(sorted, readings(&[(1, 5.0), (2, 4.0), (3, 3.0)]));
         assert_eq!(sorted.between(2, 3), readings(&[(2, 4.0)]));
+    }
+
+    #[test]
+    fn each_reading_keeps_its_correction() {
+        let readings = |times: &[i64], micros| Series::from((times.to_vec(), Values::Int64(times.to_vec()))).corrected_by(micros);
+        let mut all = readings(&[5, 6], 0);
+        assert!(all.append(readings(&[1, 2], -7)) && all.append(readings(&[2, 9], 0)));
+        assert_eq!(all.clock_corrections, [0, 0, -7, -7, 0, 0]);
+        let sorted = all.sorted();
+        assert_eq!((sorted.times.as_slice(), sorted.clock_corrections.as_slice()), (&[1, 2, 5, 6, 9][..], &[-7, 0, 0, 0, 0][..]));
+        assert_eq!(sorted.slice(1..5), readings(&[2, 5, 6, 9], 0));
+        assert_eq!(sorted.slice(0..1), readings(&[1], -7));
+        let mut empty = readings(&[], 0);
+        assert!(empty.append(readings(&[1], 3)));
+        assert_eq!(empty, readings(&[1], 3));
     }
 }

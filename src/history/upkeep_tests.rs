@@ -42,7 +42,8 @@ impl Fixture {
     async fn append(&self, begin: i64, texts: usize, bytes: usize) {
         let values = Values::Text(vec!["x".repeat(bytes); texts]);
         let column = pb::Column { sensor: "note".into(), unit: String::new(), values: Some(values.into()) };
-        let frame = pb::Frame { base_time_us: begin, time_deltas_us: vec![1_000_000; texts - 1], columns: vec![column] };
+        let frame =
+            pb::Frame { base_time_us: begin, time_deltas_us: vec![1_000_000; texts - 1], columns: vec![column], ..Default::default() };
         let time = Timestamp::now();
         let row = NewLogRow {
             device: self.device.key,

@@ -91,6 +91,7 @@ impl Pending {
 #[derive(Clone)]
 pub struct Ingest {
     limits: Arc<BatchLimits>,
+    clock_offset_max: Duration,
     device_limits: DeviceLimits,
     admission: Admission,
     sender: mpsc::Sender<Submitted>,

@@ -55,7 +55,8 @@ pub(super) fn batch(sequence: u64, content: Content) -> Vec<u8> {
         Content::Malformed => return vec![0xff; 4],
     };
     let column = pb::Column { sensor: "t".into(), unit: "Cel".into(), values: Some(values.into()) };
-    let frame = pb::Frame { base_time_us: sequence as i64 * 1_000_000, time_deltas_us: vec![1_000], columns: vec![column] };
+    let frame =
+        pb::Frame { base_time_us: sequence as i64 * 1_000_000, time_deltas_us: vec![1_000], columns: vec![column], ..Default::default() };
     pb::Batch { frames: vec![frame] }.encode_to_vec()
 }
 

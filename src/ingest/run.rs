@@ -6,7 +6,8 @@ use crate::{
     fleet::{Device, Sensors, account::Waiting},
     model::{
         BatchReject, CheckedBatch, StreamId, Timestamp,
-        batch::{BatchSensors, RejectReason},
+        batch::{BatchSensors, RejectReason, reason_name},
+        correction::Correction,
     },
     store::{DeadLetterRow, SensorRow},
 };
@@ -17,6 +18,10 @@ use std::{collections::HashMap, ops::Range, sync::Arc, time::Duration};
 const BATCHES_MAX: usize = 256;
 /// As many bytes, after which no further batch is added.
 const BYTES_ENOUGH: usize = 64 << 10;
+
+/// A batch that is rejected for one of these is kept without a correction of its times, so that it is judged once more as it was sent. With
+/// any other reason it is a batch of which the gateway knows that it says no correction but the gateway's own.
+const KEPT_AS_SENT: [RejectReason; 2] = [RejectReason::Malformed, RejectReason::TooLarge];
 
 /// A batch as a device sends it.
 #[derive(Debug, Clone, Default)]
@@ -46,8 +51,20 @@ pub struct Run {
     sensors: Arc<Sensors>,
     admitted: Permit,
     waiting: Waiting,
+    times: Times,
     // The number of the rejected batch that it is: it is judged once more, outside of its stream's order.
     pub(super) dead_letter: Option<i64>,
+}
+
+/// Whose the times in a run's batches are.
+#[derive(Clone, Copy)]
+enum Times {
+    /// The device's, as they came.
+    AsSent,
+    /// The device's, to which so many microseconds are to be added.
+    ToCorrect(i64),
+    /// Of batches that were looked at before: they may have been corrected then.
+    Corrected,
 }
 
 /// A batch of a run.
@@ -57,6 +74,8 @@ pub(super) struct RunBatch {
     pub lost_readings: u64,
     /// Where its bytes are in the run's.
     pub range: Range<usize>,
+    /// What was added to its times now, microseconds, though not necessarily in each frame.
+    pub clock_correction: i64,
     pub checked: Result<CheckedBatch, BatchReject>,
 }
 
@@ -87,12 +106,17 @@ impl RunBatch {
 impl Ingest {
     /// Begins a run with its first batch; waits while too many bytes wait for their commit already.
     pub async fn begin(&self, device: &Arc<Device>, stream_id: StreamId, lane: Lane, first: Envelope) -> Result<Run, Error> {
-        self.begin_as(None, device, stream_id, lane, first).await
+        let times = match device.clock.correction() {
+            0 => Times::AsSent,
+            micros => Times::ToCorrect(micros),
+        };
+        self.begin_as(None, times, device, stream_id, lane, first).await
     }
 
     async fn begin_as(
         &self,
         dead_letter: Option<i64>,
+        times: Times,
         device: &Arc<Device>,
         stream_id: StreamId,
         lane: Lane,
@@ -108,6 +132,7 @@ impl Ingest {
             sensors: device.sensors(),
             admitted,
             waiting: device.account.waiting(),
+            times,
             dead_letter,
         };
         self.push(&mut run, first);
@@ -116,8 +141,11 @@ impl Ingest {
 
     /// Has a batch that was rejected judged once more. Of the outcomes, `Duplicate` says that it is no longer kept.
     pub async fn replay(&self, device: &Arc<Device>, rejected: DeadLetterRow) -> Result<Pending, Error> {
-        let DeadLetterRow { id, stream_id, sequence, batch, .. } = rejected;
-        let run = self.begin_as(Some(id), device, stream_id, Lane::Live, Envelope { sequence, batch, ..Envelope::default() }).await?;
+        let DeadLetterRow { id, stream_id, sequence, batch, reason, .. } = rejected;
+        let kept_as_sent = KEPT_AS_SENT.into_iter().any(|kept| reason_name(kept) == reason);
+        let times = if kept_as_sent { Times::AsSent } else { Times::Corrected };
+        let envelope = Envelope { sequence, batch, ..Envelope::default() };
+        let run = self.begin_as(Some(id), times, device, stream_id, Lane::Live, envelope).await?;
         self.submit(run).await
     }
 
@@ -135,19 +163,45 @@ impl Ingest {
 
     fn push(&self, run: &mut Run, envelope: Envelope) {
         let Envelope { sequence, batch, lost_batches, lost_readings } = envelope;
-        let checked = CheckedBatch::check(&batch, &self.limits, run.receive_time, run.sensors.finder());
+        let size = batch.len();
+        let (batch, clock_correction, checked) = self.check(run, batch);
         let readings = match &checked {
             Ok(checked) => u64::from(checked.summary.readings),
             Err(reject) => reject.readings,
         };
         // What is replayed was paid for, and accounted for, when it came.
         if run.dead_letter.is_none() {
-            self.device_limits.spend(&run.device.usage, readings, batch.len());
+            self.device_limits.spend(&run.device.usage, readings, size);
             run.waiting.add(readings);
         }
         let begin = run.bytes.len();
         run.bytes.extend_from_slice(&batch);
-        run.batches.push(RunBatch { sequence, lost_batches, lost_readings, range: begin..run.bytes.len(), checked });
+        let range = begin..run.bytes.len();
+        run.batches.push(RunBatch { sequence, lost_batches, lost_readings, range, clock_correction, checked });
+    }
+
+    /// Checks a batch, with its times corrected where the device's clock is known to be off: what is kept of it, and what was added to them.
+    fn check(&self, run: &Run, batch: Bytes) -> (Bytes, i64, Result<CheckedBatch, BatchReject>) {
+        let (limits, received, sensors) = (&self.limits, run.receive_time, &run.sensors);
+        match run.times {
+            Times::ToCorrect(micros) if batch.len() <= limits.bytes_max => {
+                // By as much a clock may be ahead that is not known to be off.
+                let correction = Correction { micros, latest: received.saturating_add(self.clock_offset_max) };
+                if let Some(corrected) = correction.of(&batch) {
+                    let checked = CheckedBatch::check_corrected(&corrected, limits, received, sensors.finder());
+                    if !checked.as_ref().is_err_and(|reject| KEPT_AS_SENT.contains(&reject.reason)) {
+                        return (corrected, micros, checked);
+                    }
+                }
+            }
+            Times::Corrected => {
+                let checked = CheckedBatch::check_corrected(&batch, limits, received, sensors.finder());
+                return (batch, 0, checked);
+            }
+            Times::ToCorrect(_) | Times::AsSent => {}
+        }
+        let checked = CheckedBatch::check(&batch, limits, received, sensors.finder());
+        (batch, 0, checked)
     }
 }
 
@@ -168,19 +222,22 @@ impl Run {
         self.batches.iter().filter_map(|batch| batch.checked.as_ref().ok()).map(|checked| checked.summary.last_time).max()
     }
 
-    /// By how many microseconds its newest reading was ahead of the gateway's clock, which mostly is less than 0. Of one that was
+    /// By how many microseconds its newest reading was ahead of the gateway's clock by the device's, which mostly is less than 0. Of one that was
     /// rejected for that, it is known to be more than `time_skew_max`. `None` when nothing tells, as what
     /// came in long ago and is replayed now.
     pub(super) fn lead(&self, time_skew_max: Duration) -> Option<i64> {
         if self.dead_letter.is_some() {
             return None;
         }
-        let newest = |batch: &RunBatch| match &batch.checked {
-            Ok(checked) => Some(checked.summary.last_time),
-            Err(reject) if reject.reason == RejectReason::TimeInFuture => Some(self.receive_time.saturating_add(time_skew_max)),
-            Err(_) => None,
+        let newest = |batch: &RunBatch| {
+            let newest = match &batch.checked {
+                Ok(checked) => checked.summary.last_time,
+                Err(reject) if reject.reason == RejectReason::TimeInFuture => self.receive_time.saturating_add(time_skew_max),
+                Err(_) => return None,
+            };
+            Some(newest.micros() - batch.clock_correction - self.receive_time.micros())
         };
-        self.batches.iter().filter_map(newest).max().map(|newest| newest.micros() - self.receive_time.micros())
+        self.batches.iter().filter_map(newest).max()
     }
 
     /// Whether its first batch leaves a gap.

@@ -73,7 +73,14 @@ pub fn writer(
     let settings = &config.ingest;
     let (sender, receiver) = mpsc::channel(settings.commit_batches_max);
     let device_limits = DeviceLimits::new(&config.limits, metrics);
-    let ingest = Ingest { limits: Arc::new(limits(config)), device_limits, admission: Admission::new(settings), sender, discards: false };
+    let ingest = Ingest {
+        limits: Arc::new(limits(config)),
+        clock_offset_max: config.devices.clock_offset_max,
+        device_limits,
+        admission: Admission::new(settings),
+        sender,
+        discards: false,
+    };
     let writer = Writer {
         publisher: Arc::new(Publisher::new(store.clone(), registry.clone(), tail, latest.clone())),
         store,
@@ -85,7 +92,7 @@ pub fn writer(
         commit_batches_max: settings.commit_batches_max,
         sensors_max: config.devices.sensors_max,
         rejected_kept_max: settings.rejected_batches_kept_max,
-        clocks: ClockWatch::new(config.devices.clock_offset_max),
+        clocks: ClockWatch::new(&config.devices),
         time_skew_max: settings.time_skew_max,
         slow_commit: config.log.slow_commit,
         slow_told: Sparing::default(),

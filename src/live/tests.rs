@@ -86,7 +86,12 @@ fn batch(sensors: &[String], seconds: i64, value: f64) -> Bytes {
         let values = Values::Double(vec![value]);
         pb::Column { sensor: name.clone(), unit: String::new(), values: Some(values.into()) }
     };
-    let frame = pb::Frame { base_time_us: seconds * 1_000_000, time_deltas_us: vec![], columns: sensors.iter().map(column).collect() };
+    let frame = pb::Frame {
+        base_time_us: seconds * 1_000_000,
+        time_deltas_us: vec![],
+        columns: sensors.iter().map(column).collect(),
+        ..Default::default()
+    };
     pb::Batch { frames: vec![frame] }.encode_to_vec().into()
 }
 

@@ -1,6 +1,6 @@
 //! A batch as it came in: the check of its bytes, and what the check learned.
 //!
-//! The bytes themselves are what is stored and shown to followers. Nearly all batches are of sensors that their device is known
+//! The bytes themselves are what is stored and shown to followers (but see [`correction`](super::correction)). Nearly all batches are of sensors that their device is known
 //! to have and are well formed: these are checked where they lie, without decoding them. All others are decoded, to learn new
 //! sensors or to say what is wrong.
 
@@ -146,8 +146,8 @@ pub struct CheckedBatch {
 }
 
 impl CheckedBatch {
-    /// Checks a batch. `received` is the gateway's clock; `known` finds the sensor of a column in what is known of the device,
-    /// if it is there, of that kind and unit.
+    /// Checks a batch as a device sent it. `received` is the gateway's clock; `known` finds the sensor of a column in what is known of
+    /// the device, if it is there, of that kind and unit.
     pub fn check(
         bytes: &Bytes,
         limits: &BatchLimits,
@@ -157,20 +157,42 @@ impl CheckedBatch {
         if bytes.len() > limits.bytes_max {
             return Err(reject(RejectReason::TooLarge, "", format!("{} bytes: at most {} are taken", bytes.len(), limits.bytes_max)));
         }
-        match check_in_place(bytes, limits, received, known) {
+        Self::check_either(bytes, false, limits, received, known)
+    }
+
+    /// Checks a batch, as [`check`](Self::check) does, of which the gateway may have corrected the times: its size in bytes was seen to
+    /// when it came in.
+    pub fn check_corrected(
+        bytes: &Bytes,
+        limits: &BatchLimits,
+        received: Timestamp,
+        known: impl FnMut(&scan::Column<'_>) -> Option<KnownSensor>,
+    ) -> Result<Self, BatchReject> {
+        Self::check_either(bytes, true, limits, received, known)
+    }
+
+    fn check_either(
+        bytes: &Bytes,
+        corrected: bool,
+        limits: &BatchLimits,
+        received: Timestamp,
+        known: impl FnMut(&scan::Column<'_>) -> Option<KnownSensor>,
+    ) -> Result<Self, BatchReject> {
+        match check_in_place(bytes, corrected, limits, received, known) {
             Ok((summary, latest)) => Ok(Self { summary, sensors: BatchSensors::Known(latest) }),
-            Err(Unusual) => Self::decode_and_check(bytes, limits, received),
+            Err(Unusual) => Self::decode_and_check(bytes, corrected, limits, received),
         }
     }
 
     /// Checks all that can be seen from the batch alone.
-    fn decode_and_check(bytes: &Bytes, limits: &BatchLimits, received: Timestamp) -> Result<Self, BatchReject> {
+    fn decode_and_check(bytes: &Bytes, corrected: bool, limits: &BatchLimits, received: Timestamp) -> Result<Self, BatchReject> {
         let size = bytes.len();
         let batch = pb::Batch::decode(bytes.clone())
             .map_err(|why| reject(RejectReason::Malformed, "", format!("the bytes are not a tidegate.v1.Batch: {why}")))?;
         let readings = batch.frames.iter().map(|frame| (frame.time_deltas_us.len() + 1).saturating_mul(frame.columns.len()));
         let readings = readings.fold(0_usize, usize::saturating_add);
-        check_decoded(batch, readings, limits, received)
+        (if corrected { Ok(()) } else { check_uncorrected(&batch) })
+            .and_then(|()| check_decoded(batch, readings, limits, received))
             .map(|(summary, sensors)| Self { summary, sensors: BatchSensors::New(sensors) })
             // Columns may be shorter than they should be, but no reading takes less than a byte.
             .map_err(|reject| BatchReject { readings: readings.min(size) as u64, ..reject })
@@ -193,6 +215,7 @@ impl BatchLimits {
 /// Whether all is as it should be, read from the bytes as they are. What is not is for [`CheckedBatch::decode_and_check`] to name.
 fn check_in_place(
     bytes: &[u8],
+    corrected: bool,
     limits: &BatchLimits,
     received: Timestamp,
     mut known: impl FnMut(&scan::Column<'_>) -> Option<KnownSensor>,
@@ -202,6 +225,9 @@ fn check_in_place(
     let mut latest: Vec<LatestReading> = Vec::new();
     for frame in scan::frames(bytes) {
         let frame = frame?;
+        if frame.clock_correction != 0 && !corrected {
+            return Err(Unusual);
+        }
         let times = frame.sum_up_times()?;
         (first, last) = (first.min(times.first), last.max(times.last));
         let time = Timestamp::from_micros(times.last).ok_or(Unusual)?;
@@ -288,6 +314,17 @@ fn nth_of_exactly<T>(rows: usize, row: usize, values: impl Iterator<Item = Resul
 
 fn reject(reason: RejectReason, field: impl Into<String>, message: impl Into<String>) -> BatchReject {
     BatchReject { reason, field: field.into(), message: message.into(), readings: 0 }
+}
+
+/// A device says its own times.
+fn check_uncorrected(batch: &pb::Batch) -> Result<(), BatchReject> {
+    match batch.frames.iter().position(|frame| frame.clock_correction_us != 0) {
+        None => Ok(()),
+        Some(index) => {
+            let field = format!("frames[{index}].clock_correction_us");
+            Err(reject(RejectReason::Malformed, field, "only the gateway says by how much it has corrected times"))
+        }
+    }
 }
 
 fn check_decoded(
@@ -470,6 +507,8 @@ pub struct DecodedColumn {
     pub sensor: String,
     /// Microseconds since the epoch, one a value.
     pub times: Vec<i64>,
+    /// What the gateway has added to the times, microseconds; 0: nothing.
+    pub clock_correction: i64,
     /// The values.
     pub values: Values,
 }
@@ -484,7 +523,8 @@ pub fn decode_stored(bytes: Bytes, mut wanted: impl FnMut(&str) -> bool) -> Resu
         let times = times_from_deltas(frame.base_time_us, &frame.time_deltas_us).unwrap_or_default();
         for column in frame.columns {
             if let (true, Some(values)) = (wanted(&column.sensor), column.values) {
-                columns.push(DecodedColumn { sensor: column.sensor, times: times.clone(), values: values.into() });
+                let clock_correction = frame.clock_correction_us;
+                columns.push(DecodedColumn { sensor: column.sensor, times: times.clone(), clock_correction, values: values.into() });
             }
         }
     }

@@ -17,7 +17,7 @@ fn column(sensor: &str, unit: &str, values: Values) -> pb::Column {
 }
 
 fn frame(base: i64, deltas: &[i64], columns: Vec<pb::Column>) -> pb::Frame {
-    pb::Frame { base_time_us: base, time_deltas_us: deltas.to_vec(), columns }
+    pb::Frame { base_time_us: base, time_deltas_us: deltas.to_vec(), columns, ..Default::default() }
 }
 
 fn check(frames: Vec<pb::Frame>) -> Result<CheckedBatch, BatchReject> {
@@ -145,7 +145,10 @@ fn columns_are_decoded_and_filtered() {
     let frames = vec![frame(NOW, &[5], vec![column("a", "", Values::Bool(vec![true, false])), column("b", "", Values::Int64(vec![7, 8]))])];
     let bytes: Bytes = pb::Batch { frames }.encode_to_vec().into();
     let only_b = decode_stored(bytes.clone(), |name| name == "b").expect("a batch");
-    assert_eq!(only_b, [DecodedColumn { sensor: "b".into(), times: vec![NOW, NOW + 5], values: Values::Int64(vec![7, 8]) }]);
+    assert_eq!(
+        only_b,
+        [DecodedColumn { sensor: "b".into(), times: vec![NOW, NOW + 5], clock_correction: 0, values: Values::Int64(vec![7, 8]) }]
+    );
     let left = retain_columns(bytes.clone(), |name| name == "b").expect("a batch").expect("b is left");
     assert_eq!(decode_stored(left, |_| true).expect("a batch"), only_b);
     assert_eq!(retain_columns(bytes.clone(), |_| true).expect("a batch"), Some(bytes.clone()));
@@ -226,7 +229,7 @@ mod in_place {
             let now = Timestamp::from_micros(NOW).expect("in range");
             let limits = BatchLimits { sensors_max: 100, time_skew_max: Duration::from_micros(4), ..limits() };
             let decoded = CheckedBatch::check(&bytes, &limits, now, |_| None);
-            let in_place = check_in_place(&bytes, &limits, now, known);
+            let in_place = check_in_place(&bytes, false, &limits, now, known);
             match (decoded, in_place) {
                 (Ok(decoded), Ok((summary, found))) => {
                     prop_assert_eq!(decoded.summary, summary);
@@ -259,7 +262,7 @@ mod in_place {
             let bytes: Bytes = bytes.into();
             let now = Timestamp::from_micros(NOW).expect("in range");
             let limits = BatchLimits { sensors_max: 100, ..limits() };
-            if let Ok((summary, _)) = check_in_place(&bytes, &limits, now, known) {
+            if let Ok((summary, _)) = check_in_place(&bytes, false, &limits, now, known) {
                 let decoded = CheckedBatch::check(&bytes, &limits, now, |_| None);
                 prop_assert_eq!(decoded.map(|checked| checked.summary), Ok(summary));
             }

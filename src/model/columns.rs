@@ -196,6 +196,16 @@ pub fn times_from_deltas(base: i64, deltas: &[i64]) -> Option<Vec<i64>> {
     Some(times)
 }
 
+/// The times by the device's clock, of times as they are stored and what was added to each; the latter may be empty for nothing. `None` when
+/// they are not as many.
+pub fn device_times(times: &[i64], clock_corrections: &[i64]) -> Option<Vec<i64>> {
+    match clock_corrections.len() {
+        0 => Some(times.to_vec()),
+        len if len == times.len() => Some(times.iter().zip(clock_corrections).map(|(time, added)| time.wrapping_sub(*added)).collect()),
+        _ => None,
+    }
+}
+
 /// The base and the deltas of `times`; a base of 0 when there are none.
 pub fn deltas_from_times(times: &[i64]) -> (i64, Vec<i64>) {
     (times.first().copied().unwrap_or(0), times.windows(2).map(|pair| pair[1].wrapping_sub(pair[0])).collect())

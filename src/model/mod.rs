@@ -4,6 +4,7 @@
 
 pub mod batch;
 pub mod columns;
+pub mod correction;
 pub mod ids;
 pub mod labels;
 pub mod scan;

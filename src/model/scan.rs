@@ -4,6 +4,9 @@
 //! that nobody knows. What encoders really write is one of them: fields in the order of their numbers, each once, numbers
 //! packed. This reader takes that form only, and yields [`Unusual`] for all else; the caller then lets prost decode the bytes.
 //! So it is small, and whatever it accepts prost decodes to the same.
+//!
+//! One field stands elsewhere: a frame's `clock_correction_us`, which only the gateway writes, is its first, so that it is known before the
+//! readings are.
 
 use super::{Timestamp, ValueKind};
 
@@ -79,6 +82,18 @@ fn zigzag(value: u64) -> i64 {
     (value >> 1) as i64 ^ -((value & 1) as i64)
 }
 
+fn to_zigzag(value: i64) -> u64 {
+    (value << 1 ^ value >> 63) as u64
+}
+
+fn write_varint(mut value: u64, bytes: &mut Vec<u8>) {
+    while value >= 0x80 {
+        bytes.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    bytes.push(value as u8);
+}
+
 /// The frames of a batch.
 pub fn frames(batch: &[u8]) -> impl Iterator<Item = Result<Frame<'_>, Unusual>> {
     let mut input = Input(batch);
@@ -97,6 +112,8 @@ pub fn frames(batch: &[u8]) -> impl Iterator<Item = Result<Frame<'_>, Unusual>> 
 /// A `tidegate.v1.Frame`.
 #[derive(Debug, Clone, Copy)]
 pub struct Frame<'a> {
+    /// What the gateway has added to the times, microseconds; 0: nothing.
+    pub clock_correction: i64,
     base_time: i64,
     deltas: &'a [u8],
     columns: Input<'a>,
@@ -118,9 +135,44 @@ pub struct Times {
 impl<'a> Frame<'a> {
     fn read(bytes: &'a [u8]) -> Result<Self, Unusual> {
         let mut input = Input(bytes);
+        let clock_correction = if input.field(4, VARINT) { zigzag(input.varint()?) } else { 0 };
         let base_time = if input.field(1, VARINT) { input.varint()? as i64 } else { 0 };
         let deltas = input.optional_bytes(2)?;
-        Ok(Self { base_time, deltas, columns: input })
+        Ok(Self { clock_correction, base_time, deltas, columns: input })
+    }
+
+    /// Adds to all times, which have nothing added to them yet; whether they still are times.
+    pub fn correct(&mut self, micros: i64) -> bool {
+        let Some(base_time) = self.base_time.checked_add(micros) else { return false };
+        (self.base_time, self.clock_correction) = (base_time, micros);
+        true
+    }
+
+    /// Appends the frame to an encoded batch, the columns as they are. A field behind them that is none is [`Unusual`].
+    pub fn write_to(&self, batch: &mut Vec<u8>) -> Result<(), Unusual> {
+        let mut columns = self.columns;
+        while !columns.0.is_empty() {
+            if !columns.field(3, BYTES) {
+                return Err(Unusual);
+            }
+            columns.bytes()?;
+        }
+        let mut head = Vec::with_capacity(40);
+        for (number, value) in [(4, to_zigzag(self.clock_correction)), (1, self.base_time as u64)] {
+            if value != 0 {
+                write_varint(number << 3 | VARINT, &mut head);
+                write_varint(value, &mut head);
+            }
+        }
+        if !self.deltas.is_empty() {
+            write_varint(2 << 3 | BYTES, &mut head);
+            write_varint(self.deltas.len() as u64, &mut head);
+        }
+        let parts = [&head, self.deltas, self.columns.0];
+        write_varint(1 << 3 | BYTES, batch);
+        write_varint(parts.iter().map(|part| part.len() as u64).sum(), batch);
+        parts.iter().for_each(|part| batch.extend_from_slice(part));
+        Ok(())
     }
 
     /// The times, one a row, in microseconds since the epoch. A sum beyond what 64 bits hold is [`Unusual`].

@@ -208,6 +208,7 @@ macro_rules! row_readers {
                 value_base: column(row, "value_base")?,
                 value_divisor: column(row, "value_divisor")?,
                 points: column(row, "points")?,
+                clock_corrections: column(row, "clock_corrections")?,
             })
         }
     };

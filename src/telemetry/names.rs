@@ -162,6 +162,8 @@ pub const DEVICES_SILENT: &str = "tidegate_devices_silent";
 pub const TRACE_SPANS_EXPORTED: &str = "tidegate_trace_spans_exported_total";
 /// Spans that are lost. `reason`: `queue_full`, `export_failed`.
 pub const TRACE_SPANS_DROPPED: &str = "tidegate_trace_spans_dropped_total";
+/// Devices whose readings get other times.
+pub const DEVICES_CLOCK_CORRECTED: &str = "tidegate_devices_clock_corrected";
 /// The gateway's clock.
 pub const CLOCK: &str = "tidegate_clock_seconds";
 /// Always 1. `version`: the version of the running gateway.
@@ -288,6 +290,13 @@ pub static METRICS: &[Metric] = &[
         "devices",
         &["direction"],
         "Devices that this gateway has seen whose clocks are further off than devices.clock_offset_max, by direction.",
+    ),
+    metric(
+        DEVICES_CLOCK_CORRECTED,
+        Kind::Gauge,
+        "devices",
+        &[],
+        "Devices whose readings get other times at this gateway, as their clocks are off (devices.clock_correction).",
     ),
     metric(
         DEVICES_SILENT,

@@ -90,7 +90,7 @@ impl Gateway {
     fn upload(&self, rows: usize) {
         let values = pb::column::Values::DoubleValues(pb::DoubleValues { values: (0..rows).map(|row| row as f64 + 0.5).collect() });
         let column = pb::Column { sensor: "temperature".into(), unit: "Cel".into(), values: Some(values) };
-        let frame = pb::Frame { base_time_us: 0, time_deltas_us: vec![1_000_000; rows - 1], columns: vec![column] };
+        let frame = pb::Frame { base_time_us: 0, time_deltas_us: vec![1_000_000; rows - 1], columns: vec![column], ..Default::default() };
         let batch = pb::Batch { frames: vec![frame] }.encode_to_vec();
         let request = pb::UploadRequest {
             device: "pump-1".into(),

@@ -54,6 +54,7 @@ async fn a_query_of_many_readings_that_are_being_merged_has_each_once() {
             base_time_us: T0 + (batch * 10_000 + offset) * SECOND,
             time_deltas_us: vec![2 * SECOND; 4_999],
             columns: vec![column("count", "", Values::Int64(seconds.collect()))],
+            ..Default::default()
         }])
     };
     let batches = (0..2).flat_map(|offset| (0..READINGS / 10_000).map(move |batch| half(offset, batch)));

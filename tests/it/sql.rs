@@ -45,6 +45,7 @@ fn batches() -> Vec<pb::Frame> {
             column("noise", "", Values::Double(vec![0.1 + 0.2, 1e-9, 2.5, 1e100])),
             column("note", "", Values::Text(vec!["a".into(), "b".into(), "c".into(), "d".into()])),
         ],
+        ..Default::default()
     };
     vec![even, uneven]
 }

@@ -18,7 +18,7 @@ use clap::Args;
 use indicatif::ProgressBar;
 pub use part::refuse_existing;
 use part::{PartFile, Stream};
-use rows::{Format, Rows};
+use rows::{Format, Layout, Rows};
 use std::{io::Write, ops::ControlFlow, path::PathBuf};
 
 #[derive(Debug, Args)]
@@ -28,6 +28,9 @@ pub struct ExportArgs {
     /// CSV in long form (time, device, sensor, unit, value), or Parquet. By default what FILE's ending says, else csv.
     #[arg(long, value_enum, conflicts_with = "resume")]
     format: Option<Format>,
+    /// Also a column device_time: the time by the device's clock, which is another where the gateway corrected it.
+    #[arg(long, conflicts_with = "resume")]
+    device_time: bool,
     /// The file to make; one that is there is never overwritten. Until it is whole it is called FILE.part. Without: standard output.
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -75,7 +78,7 @@ pub trait Sink {
 }
 
 pub async fn run(args: ExportArgs, out: &mut dyn Write) -> Result<(), Failure> {
-    let ExportArgs { what, format, output, resume, quiet, client } = args;
+    let ExportArgs { what, format, device_time, output, resume, quiet, client } = args;
     let What { devices, selector, sensors, start, end } = what;
     let request = pb::ExportReadingsRequest {
         devices,
@@ -89,10 +92,10 @@ pub async fn run(args: ExportArgs, out: &mut dyn Write) -> Result<(), Failure> {
         (Some(file), _) if resume => Box::new(PartFile::resume(file)?),
         (Some(file), format) => {
             let format = format.unwrap_or_else(|| Format::of(&file));
-            Box::new(PartFile::create(file, format, request)?)
+            Box::new(PartFile::create(file, Layout { format, device_time }, request)?)
         }
         (None, Some(Format::Parquet)) => return Err(Failure::Usage("Parquet goes to a file: say which with --output".to_owned())),
-        (None, _) => Box::new(Stream::new(out, request)?),
+        (None, _) => Box::new(Stream::new(out, Layout { format: Format::Csv, device_time }, request)?),
     };
     let bar = Shown::unless(quiet).readings();
     let exporting = reconnecting(async |answered| export_once(&client, sink.as_mut(), &bar, answered).await);

@@ -5,7 +5,7 @@
 
 use super::{
     Failure, Sink,
-    rows::{CHECKPOINT_READINGS, Encoder, Format, Rows},
+    rows::{CHECKPOINT_READINGS, Encoder, Layout, Rows},
 };
 use crate::{model::Timestamp, pb};
 use serde::{Deserialize, Serialize};
@@ -25,8 +25,8 @@ pub struct Stream<'a> {
 
 impl<'a> Stream<'a> {
     /// CSV, with the line of names.
-    pub fn new(out: &'a mut dyn Write, request: pb::ExportReadingsRequest) -> Result<Self, Failure> {
-        let encoder = Encoder::new(Format::Csv);
+    pub fn new(out: &'a mut dyn Write, layout: Layout, request: pb::ExportReadingsRequest) -> Result<Self, Failure> {
+        let encoder = Encoder::new(layout);
         out.write_all(encoder.head())?;
         Ok(Self { out, encoder, request, readings: 0 })
     }
@@ -76,7 +76,8 @@ pub struct PartFile {
 
 #[derive(Debug, Serialize, Deserialize)]
 struct State {
-    format: Format,
+    #[serde(flatten)]
+    layout: Layout,
     bytes: u64,
     readings: u64,
     token: String,
@@ -89,10 +90,10 @@ struct State {
 
 impl PartFile {
     /// A new export to the file `whole`.
-    pub fn create(whole: PathBuf, format: Format, request: pb::ExportReadingsRequest) -> Result<Self, Failure> {
+    pub fn create(whole: PathBuf, layout: Layout, request: pb::ExportReadingsRequest) -> Result<Self, Failure> {
         let micros = |time: Option<&prost_types::Timestamp>| time.and_then(|time| Timestamp::from_proto(time).ok()).map(Timestamp::micros);
         let state = State {
-            format,
+            layout,
             bytes: 0,
             readings: 0,
             token: String::new(),
@@ -111,7 +112,7 @@ impl PartFile {
             )),
             _ => why.into(),
         })?;
-        let mut file = Self { whole, part, encoder: Encoder::new(format), state, readings_at_checkpoint: 0 };
+        let mut file = Self { whole, part, encoder: Encoder::new(layout), state, readings_at_checkpoint: 0 };
         file.part.write_all(file.encoder.head())?;
         file.checkpoint()?;
         Ok(file)
@@ -125,7 +126,7 @@ impl PartFile {
         let damaged = |why: String| Failure::Failed(format!("{} is damaged: {why}", path.display()));
         let (json, of_encoder) = saved.split_at(saved.iter().position(|&byte| byte == b'\n').map_or(saved.len(), |end| end + 1));
         let state: State = serde_json::from_slice(json).map_err(|why| damaged(why.to_string()))?;
-        let encoder = Encoder::restore(state.format, of_encoder)?;
+        let encoder = Encoder::restore(state.layout, of_encoder)?;
         let mut part = File::options().read(true).write(true).open(beside(&whole, ".part"))?;
         if part.metadata()?.len() < state.bytes {
             return Err(damaged("FILE.part is shorter than it says".to_owned()));

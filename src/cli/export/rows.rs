@@ -6,7 +6,7 @@ use self::parquet::RowGroups;
 use super::Failure;
 use crate::{
     cli::print,
-    model::columns::{Values, times_from_deltas},
+    model::columns::{Values, device_times, times_from_deltas},
     pb,
 };
 use clap::ValueEnum;
@@ -35,6 +35,15 @@ impl Format {
     }
 }
 
+/// What is in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    pub format: Format,
+    /// Whether there is a column for the time by the device's clock.
+    #[serde(default)]
+    pub device_time: bool,
+}
+
 /// Readings of one sensor.
 #[derive(Debug)]
 pub struct Rows {
@@ -42,16 +51,19 @@ pub struct Rows {
     pub sensor: String,
     pub unit: String,
     pub times: Vec<i64>,
+    /// By the device's clock.
+    pub device_times: Vec<i64>,
     pub values: Values,
 }
 
 impl Rows {
     pub fn from_wire(readings: pb::ExportedReadings) -> Result<Self, Failure> {
         let pb::ExportedReadings { device, column } = readings;
-        let pb::ReadingColumn { sensor, unit, base_time_us, time_deltas_us, values } = column.unwrap_or_default();
+        let pb::ReadingColumn { sensor, unit, base_time_us, time_deltas_us, values, clock_corrections_us } = column.unwrap_or_default();
         let times = times_from_deltas(base_time_us, &time_deltas_us).unwrap_or_default();
-        match values.map(Values::from).filter(|values| values.len() == times.len()) {
-            Some(values) => Ok(Self { device, sensor, unit, times, values }),
+        let values = values.map(Values::from).filter(|values| values.len() == times.len());
+        match values.zip(device_times(&times, &clock_corrections_us)) {
+            Some((values, device_times)) => Ok(Self { device, sensor, unit, times, device_times, values }),
             None => Err(Failure::Failed(format!("the gateway sent a column of {device} {sensor:?} with more times than values"))),
         }
     }
@@ -63,32 +75,32 @@ impl Rows {
 
 /// What turns rows into the bytes of a file.
 pub enum Encoder {
-    /// Each row at once.
-    Csv,
+    /// Each row at once; whether with the time by the device's clock.
+    Csv { device_time: bool },
     /// Many rows at a time.
     Parquet(Box<RowGroups>),
 }
 
 impl Encoder {
-    pub fn new(format: Format) -> Self {
+    pub fn new(Layout { format, device_time }: Layout) -> Self {
         match format {
-            Format::Csv => Self::Csv,
-            Format::Parquet => Self::Parquet(Box::default()),
+            Format::Csv => Self::Csv { device_time },
+            Format::Parquet => Self::Parquet(Box::new(RowGroups::new(device_time))),
         }
     }
 
     /// As it was when it was [saved](Self::save).
-    pub fn restore(format: Format, saved: &[u8]) -> Result<Self, Failure> {
-        match format {
-            Format::Csv => Ok(Self::Csv),
-            Format::Parquet => Ok(Self::Parquet(Box::new(RowGroups::restore(saved)?))),
+    pub fn restore(layout: Layout, saved: &[u8]) -> Result<Self, Failure> {
+        match layout.format {
+            Format::Csv => Ok(Self::new(layout)),
+            Format::Parquet => Ok(Self::Parquet(Box::new(RowGroups::restore(layout.device_time, saved)?))),
         }
     }
 
     /// What it has to remember of what it has flushed.
     pub fn save(&self) -> Result<Vec<u8>, Failure> {
         match self {
-            Self::Csv => Ok(Vec::new()),
+            Self::Csv { .. } => Ok(Vec::new()),
             Self::Parquet(groups) => groups.footer(),
         }
     }
@@ -96,7 +108,8 @@ impl Encoder {
     /// What a file begins with.
     pub fn head(&self) -> &'static [u8] {
         match self {
-            Self::Csv => b"time,device,sensor,unit,value\n",
+            Self::Csv { device_time: false } => b"time,device,sensor,unit,value\n",
+            Self::Csv { device_time: true } => b"time,device,sensor,unit,value,device_time\n",
             Self::Parquet(_) => parquet::MAGIC,
         }
     }
@@ -104,7 +117,7 @@ impl Encoder {
     /// Takes rows; returns what is to be written of them now.
     pub fn take(&mut self, rows: &Rows) -> Result<Vec<u8>, Failure> {
         match self {
-            Self::Csv => csv_lines(rows),
+            Self::Csv { device_time } => csv_lines(rows, *device_time),
             Self::Parquet(groups) => {
                 groups.take(rows);
                 Ok(Vec::new())
@@ -115,7 +128,7 @@ impl Encoder {
     /// What is still to be written of the rows that were taken, at this place of the file.
     pub fn flush(&mut self, at: u64) -> Result<Vec<u8>, Failure> {
         match self {
-            Self::Csv => Ok(Vec::new()),
+            Self::Csv { .. } => Ok(Vec::new()),
             Self::Parquet(groups) => groups.flush(at),
         }
     }
@@ -126,11 +139,13 @@ impl Encoder {
     }
 }
 
-fn csv_lines(rows: &Rows) -> Result<Vec<u8>, Failure> {
+fn csv_lines(rows: &Rows, device_time: bool) -> Result<Vec<u8>, Failure> {
     let mut lines = csv::Writer::from_writer(Vec::new());
     for (row, &time) in rows.times.iter().enumerate() {
         let value = rows.values.get(row).expect("as many values as times");
-        lines.write_record([&print::time(time), &rows.device, &rows.sensor, &rows.unit, &print::value(&value)])?;
+        let own = device_time.then(|| print::time(rows.device_times[row]));
+        let columns = [&print::time(time), &rows.device, &rows.sensor, &rows.unit, &print::value(&value)];
+        lines.write_record(columns.into_iter().chain(&own))?;
     }
     Ok(lines.into_inner().map_err(|error| error.into_error())?)
 }

@@ -30,11 +30,11 @@ impl PostgresTx<'_> {
             "WITH kept AS (SELECT sensor_id FROM sensors JOIN devices USING (device_id) WHERE sensor_id = ANY($1) \
                  ORDER BY device_id FOR KEY SHARE OF devices) \
              INSERT INTO chunks (sensor_id, first_time, last_time, readings, complete, time_base, time_step, time_unit, time_factor, \
-                 encoding, value_base, value_divisor, points) \
+                 encoding, value_base, value_divisor, points, clock_corrections) \
              SELECT new.* FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[], $5::boolean[], $6::bigint[], $7::bigint[], \
-                 $8::bigint[], $9::bigint[], $10::text[], $11::bigint[], $12::double precision[], $13::text[]) \
+                 $8::bigint[], $9::bigint[], $10::text[], $11::bigint[], $12::double precision[], $13::text[], $14::text[]) \
                  AS new (sensor_id, first_time, last_time, readings, complete, time_base, time_step, time_unit, time_factor, \
-                     encoding, value_base, value_divisor, points) \
+                     encoding, value_base, value_divisor, points, clock_corrections) \
              WHERE sensor_id IN (SELECT sensor_id FROM kept)",
         )
         .bind(new.iter().map(|new| new.sensor_key).bind_iter())
@@ -50,6 +50,7 @@ impl PostgresTx<'_> {
         .bind(of_chunk().map(|chunk| chunk.value_base).bind_iter())
         .bind(of_chunk().map(|chunk| chunk.value_divisor).bind_iter())
         .bind(of_chunk().map(|chunk| chunk.points.as_str()).bind_iter())
+        .bind(of_chunk().map(|chunk| chunk.clock_corrections.as_deref()).bind_iter())
         .execute(&mut self.connection)
         .await?;
         Ok(())

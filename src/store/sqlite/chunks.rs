@@ -24,9 +24,9 @@ impl SqliteTx<'_> {
         }
         self.bytes += new.iter().map(|new| new.chunk.points.len()).sum::<usize>();
         let head = "chunks (sensor_id, first_time, last_time, readings, complete, time_base, time_step, time_unit, time_factor, \
-                    encoding, value_base, value_divisor, points)";
+                    encoding, value_base, value_divisor, points, clock_corrections)";
         let tail = "AND EXISTS (SELECT 1 FROM sensors JOIN devices USING (device_id) WHERE sensor_id = column1)";
-        self.insert_rows(head, 13, tail, new, |query, NewChunk { sensor_key, complete, chunk }| {
+        self.insert_rows(head, 14, tail, new, |query, NewChunk { sensor_key, complete, chunk }| {
             query
                 .bind(*sensor_key)
                 .bind(chunk.first_time)
@@ -41,6 +41,7 @@ impl SqliteTx<'_> {
                 .bind(chunk.value_base)
                 .bind(chunk.value_divisor)
                 .bind(&chunk.points)
+                .bind(&chunk.clock_corrections)
         })
         .await?;
         Ok(())

@@ -30,7 +30,7 @@ pub fn frame(begin: i64, columns: Vec<pb::Column>) -> pb::Frame {
         Some(values) => Values::from(values).len(),
         None => 1,
     };
-    pb::Frame { base_time_us: begin, time_deltas_us: vec![SECOND; rows.saturating_sub(1)], columns }
+    pb::Frame { base_time_us: begin, time_deltas_us: vec![SECOND; rows.saturating_sub(1)], columns, ..Default::default() }
 }
 
 /// An encoded batch.

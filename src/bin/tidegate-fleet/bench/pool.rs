@@ -227,7 +227,8 @@ fn encode(shape: Shape, walks: &mut [Walk]) -> Vec<u8> {
     });
     // A time of the right length; what is sent has its own.
     let base_time_us = Timestamp::now().micros();
-    let frame = pb::Frame { base_time_us, time_deltas_us: vec![INTERVAL_US; shape.rows - 1], columns: columns.collect() };
+    let frame =
+        pb::Frame { base_time_us, time_deltas_us: vec![INTERVAL_US; shape.rows - 1], columns: columns.collect(), ..Default::default() };
     pb::Batch { frames: vec![frame] }.encode_to_vec()
 }
 

@@ -24,7 +24,7 @@ pub const MAGIC: &[u8] = b"PAR1";
 const FOOTER_END_BYTES: usize = 8;
 
 /// Every value has its number, switches as 0 and 1; text has none. What a double rounds of an integer, `int64_value` has in full.
-const SCHEMA: &str = "message readings {
+const COLUMNS: &str = "message readings {
     REQUIRED INT64 time (TIMESTAMP(MICROS, true));
     REQUIRED BYTE_ARRAY device (STRING);
     REQUIRED BYTE_ARRAY sensor (STRING);
@@ -32,7 +32,8 @@ const SCHEMA: &str = "message readings {
     OPTIONAL DOUBLE value;
     OPTIONAL INT64 int64_value;
     OPTIONAL BYTE_ARRAY text_value (STRING);
-}";
+";
+const DEVICE_TIME: &str = "REQUIRED INT64 device_time (TIMESTAMP(MICROS, true));";
 
 impl From<ParquetError> for Failure {
     fn from(error: ParquetError) -> Self {
@@ -45,6 +46,8 @@ impl From<ParquetError> for Failure {
 pub struct RowGroups {
     written: Vec<RowGroupMetaData>,
     times: Vec<i64>,
+    // Where the file has this column.
+    device_times: Option<Vec<i64>>,
     devices: Vec<ByteArray>,
     sensors: Vec<ByteArray>,
     units: Vec<ByteArray>,
@@ -78,16 +81,24 @@ impl<T> Optional<T> {
 }
 
 impl RowGroups {
+    /// Of a new file, with or without the times by the devices' clocks.
+    pub fn new(device_time: bool) -> Self {
+        Self { device_times: device_time.then(Vec::new), ..Self::default() }
+    }
+
     /// With the groups of a [footer](Self::footer).
-    pub fn restore(footer: &[u8]) -> Result<Self, Failure> {
+    pub fn restore(device_time: bool, footer: &[u8]) -> Result<Self, Failure> {
         let metadata = ParquetMetaDataReader::decode_metadata(&footer[..footer.len().saturating_sub(FOOTER_END_BYTES)])?;
-        Ok(Self { written: metadata.row_groups().to_vec(), ..Self::default() })
+        Ok(Self { written: metadata.row_groups().to_vec(), ..Self::new(device_time) })
     }
 
     /// Takes rows for the next group.
     pub fn take(&mut self, rows: &Rows) {
         let count = rows.len();
         self.times.extend_from_slice(&rows.times);
+        if let Some(times) = &mut self.device_times {
+            times.extend_from_slice(&rows.device_times);
+        }
         // Copies of these share one text.
         for (column, text) in [(&mut self.devices, &rows.device), (&mut self.sensors, &rows.sensor), (&mut self.units, &rows.unit)] {
             let text = ByteArray::from(text.as_str());
@@ -113,8 +124,9 @@ impl RowGroups {
         if self.times.is_empty() {
             return Ok(Vec::new());
         }
-        let rows = std::mem::take(self);
-        let mut file = new_file()?;
+        let empty = Self::new(self.device_times.is_some());
+        let rows = std::mem::replace(self, empty);
+        let mut file = self.new_file()?;
         let mut group = file.next_row_group()?;
         write_column::<Int64Type>(&mut group, &rows.times, None)?;
         write_column::<ByteArrayType>(&mut group, &rows.devices, None)?;
@@ -123,6 +135,9 @@ impl RowGroups {
         write_column::<DoubleType>(&mut group, &rows.doubles.values, Some(&rows.doubles.levels))?;
         write_column::<Int64Type>(&mut group, &rows.integers.values, Some(&rows.integers.levels))?;
         write_column::<ByteArrayType>(&mut group, &rows.texts.values, Some(&rows.texts.levels))?;
+        if let Some(times) = &rows.device_times {
+            write_column::<Int64Type>(&mut group, times, None)?;
+        }
         let metadata = group.close()?;
         file.flush().map_err(ParquetError::from)?;
         let bytes = file.inner()[MAGIC.len()..].to_vec();
@@ -136,7 +151,7 @@ impl RowGroups {
     /// The end of a file that has the groups that were written.
     pub fn footer(&self) -> Result<Vec<u8>, Failure> {
         let rows = self.written.iter().map(RowGroupMetaData::num_rows).sum();
-        let of_empty = new_file()?.close()?;
+        let of_empty = self.new_file()?.close()?;
         let of_empty = of_empty.file_metadata();
         let of_file = FileMetaData::new(
             of_empty.version(),
@@ -151,17 +166,18 @@ impl RowGroups {
         ParquetMetaDataWriter::new(&mut footer, &metadata).finish()?;
         Ok(footer)
     }
-}
 
-fn new_file() -> Result<SerializedFileWriter<Vec<u8>>, ParquetError> {
-    let properties = WriterProperties::builder()
-        .set_compression(Compression::SNAPPY)
-        .set_statistics_enabled(EnabledStatistics::Chunk)
-        // Indexes of pages stand behind all groups, where there is no place for them here.
-        .set_offset_index_disabled(true)
-        .build();
-    let schema: TypePtr = Arc::new(parse_message_type(SCHEMA)?);
-    SerializedFileWriter::new(Vec::new(), schema, Arc::new(properties))
+    fn new_file(&self) -> Result<SerializedFileWriter<Vec<u8>>, ParquetError> {
+        let properties = WriterProperties::builder()
+            .set_compression(Compression::SNAPPY)
+            .set_statistics_enabled(EnabledStatistics::Chunk)
+            // Indexes of pages stand behind all groups, where there is no place for them here.
+            .set_offset_index_disabled(true)
+            .build();
+        let device_time = if self.device_times.is_some() { DEVICE_TIME } else { "" };
+        let schema: TypePtr = Arc::new(parse_message_type(&format!("{COLUMNS}{device_time} }}"))?);
+        SerializedFileWriter::new(Vec::new(), schema, Arc::new(properties))
+    }
 }
 
 fn write_column<T: DataType>(
