@@ -245,7 +245,7 @@ mod tests {
         for (format, expected) in [
             (Format::Csv, "time,sensor,value,unit,device_time\n1970-01-01T00:00:00.000Z,state,on,,1970-01-01T00:00:05.000Z\n"),
             (Format::Json, "\"device_time\":\"1970-01-01T00:00:05.000Z\""),
-            (Format::Table, "1970-01-01T00:00:00.000Z  on      1970-01-01T00:00:05.000Z"),
+            (Format::Table, "1970-01-01T00:00:00.000Z  on     1970-01-01T00:00:05.000Z"),
         ] {
             let mut out = Vec::new();
             let column = pb::ReadingColumn { clock_corrections_us: vec![-5_000_000, 0], ..column(0) };

@@ -5,6 +5,7 @@ use crate::{
         BatchLimits, CheckedBatch, Timestamp, ValueKind,
         batch::{BatchSensors, KnownSensor, LatestReading, decode_stored, retain_columns},
         columns::{Value, Values, times_from_deltas},
+        correction::Correction,
         scan::{self, Unusual},
     },
     pb,
@@ -14,12 +15,15 @@ use prost::Message;
 use std::time::Duration;
 
 /// Guarantees: nothing panics; what is read in place prost decodes to the same; a batch of sensors that are known is what it is when they are
-/// not; and what was checked can be read back.
+/// not; what was checked can be read back; and a batch whose times are corrected is the same but for these.
 pub fn batch(data: &[u8]) {
     let bytes = Bytes::copy_from_slice(data);
     let decoded = pb::Batch::decode(bytes.clone());
     if let (Ok(columns), Ok(batch)) = (scan_all(&bytes), &decoded) {
         assert!(columns == decode_all(batch), "read in place: {columns:?}");
+    }
+    if let Ok(batch) = &decoded {
+        correct(&bytes, batch);
     }
     let limits = BatchLimits {
         bytes_max: 1 << 20,
@@ -48,6 +52,21 @@ pub fn batch(data: &[u8]) {
     }
 }
 
+/// By an hour either way.
+fn correct(bytes: &Bytes, sent: &pb::Batch) {
+    let latest = Timestamp::from_micros(1_800_000_000_000_000).expect("in range");
+    for micros in [-3_600_000_000, 3_600_000_000] {
+        let Some(corrected) = (Correction { micros, latest }).of(bytes) else { continue };
+        let mut again = pb::Batch::decode(corrected).expect("its own output");
+        for (frame, sent) in again.frames.iter_mut().zip(&sent.frames) {
+            assert!(sent.clock_correction_us == 0 && [0, micros].contains(&frame.clock_correction_us));
+            frame.base_time_us -= std::mem::take(&mut frame.clock_correction_us);
+        }
+        // Bytes, as a NaN is not equal to itself.
+        assert!(again.encode_to_vec() == sent.encode_to_vec(), "{again:?}");
+    }
+}
+
 /// Of doubles the bits.
 fn same(one: &Value, other: &Value) -> bool {
     match (one, other) {
@@ -70,8 +89,8 @@ fn know(names: &mut Vec<(String, ValueKind, Vec<u8>)>, column: &scan::Column<'_>
     agrees.then_some(KnownSensor { key: place as i64, allow_non_finite: true })
 }
 
-/// Sensor, unit, times and values of a column; of doubles the bits.
-type Column = (Vec<u8>, Vec<u8>, Vec<i64>, Comparable);
+/// Sensor, unit, times, what was added to them, and values of a column; of doubles the bits.
+type Column = (Vec<u8>, Vec<u8>, Vec<i64>, i64, Comparable);
 
 #[derive(Debug, PartialEq)]
 enum Comparable {
@@ -92,7 +111,7 @@ fn scan_all(bytes: &[u8]) -> Result<Vec<Column>, Unusual> {
                 ValueKind::Int64 | ValueKind::Bool => Comparable::Integers(values.integers().collect::<Result<_, _>>()?),
                 ValueKind::Text => Comparable::Texts(values.texts().map(|text| text.map(str::to_owned)).collect::<Result<_, _>>()?),
             };
-            columns.push((sensor.to_vec(), unit.to_vec(), times.clone(), values));
+            columns.push((sensor.to_vec(), unit.to_vec(), times.clone(), frame.clock_correction, values));
         }
     }
     Ok(columns)
@@ -108,7 +127,7 @@ fn decode_all(batch: &pb::Batch) -> Vec<Column> {
             Values::Bool(values) => Comparable::Integers(values.into_iter().map(i64::from).collect()),
             Values::Text(values) => Comparable::Texts(values),
         };
-        (column.sensor.clone().into_bytes(), column.unit.clone().into_bytes(), times, values)
+        (column.sensor.clone().into_bytes(), column.unit.clone().into_bytes(), times, frame.clock_correction_us, values)
     });
     decoded.collect()
 }

@@ -1,11 +1,11 @@
 //! Guarantee: whatever is uploaded, late or again, and however merging, pruning, retention, restarts and cut-off passes come in
-//! between, a query has each sensor's readings of all stored batches, of one time the one stored last; and nothing else but what
+//! between, a query has each sensor's readings of all stored batches, of one time the one stored last, and what was added to its time; and nothing else but what
 //! retention took.
 
 use super::{merger::Merger, pace::Haste, *};
 use crate::{
-    config::{Config, Storage},
-    fleet::{Device, Registry},
+    config::{ClockCorrection, Config, Storage},
+    fleet::{ClockWatch, Device, Exchange, Registry},
     ingest::{Envelope, Ingest, Lane, Outcome, writer::writer},
     live::{Latest, Tail},
     model::{DeviceId, StreamId, Timestamp, columns::Values},
@@ -27,8 +27,8 @@ use tokio::{task::JoinHandle, time::timeout};
 
 const SENSORS: usize = 5;
 
-/// Sensor and time, and the value.
-type Reading = ((usize, i64), i64);
+/// Sensor and time, and the value and what was added to the time.
+type Reading = ((usize, i64), (i64, i64));
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -44,6 +44,8 @@ enum Step {
     /// Deletes what is before a time.
     Expire(i64),
     Restart,
+    /// The device's clock is set, and measured: so many microseconds ahead.
+    Clock(i64),
     Query(i64, i64),
 }
 
@@ -68,6 +70,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => Just(Step::Prune),
         1 => (0..500_i64).prop_map(Step::Expire),
         1 => Just(Step::Restart),
+        1 => (-2..3_i64).prop_map(|minutes| Step::Clock(minutes * 120_000_000)),
         2 => (0..2_000_i64, 0..1_000_i64).prop_map(|(begin, length)| Step::Query(begin, begin + length)),
     ];
     prop::collection::vec(step, 1..50)
@@ -78,6 +81,7 @@ struct Running {
     store: Store,
     ingest: Ingest,
     device: Arc<Device>,
+    clocks: ClockWatch,
     merger: Merger,
     upkeep: Upkeep,
     reader: Reader,
@@ -88,6 +92,7 @@ impl Running {
     async fn open(storage: &Storage) -> Self {
         let mut config = Config { storage: storage.clone(), ..Config::default() };
         config.live.replay_window = Duration::ZERO;
+        config.devices.clock_correction = ClockCorrection::Measured;
         let metrics = Metrics::new();
         let store = Store::open(&config.storage).await.expect("opened");
         let registry = Registry::new(store.clone(), true, 10);
@@ -99,7 +104,8 @@ impl Running {
         let merger = Merger::new(store.clone(), registry.clone(), &metrics);
         let upkeep = Upkeep::new(&config, store.clone(), registry, latest, tail, &metrics);
         let reader = Reader::new(store.clone(), &config.query, config.log.slow_query);
-        Self { store, ingest, device, merger, upkeep, reader, writing: tokio::spawn(writer.run()) }
+        let clocks = ClockWatch::new(&config.devices);
+        Self { store, ingest, device, clocks, merger, upkeep, reader, writing: tokio::spawn(writer.run()) }
     }
 
     async fn close(self) {
@@ -127,7 +133,15 @@ impl Running {
         replies.into_iter().next().expect("one").outcome
     }
 
-    async fn query(&self, begin: i64, end: i64) -> BTreeMap<(usize, i64), i64> {
+    /// Lets the device's clock be ahead by `micros`.
+    fn set_clock(&self, micros: i64) {
+        let time = |micros| Timestamp::from_micros(micros).expect("in range");
+        let exchange = Exchange { sent: time(0), received: time(micros), answered: time(micros), round_trip: Duration::ZERO };
+        self.clocks.measure(&self.device, exchange);
+        assert_eq!(self.device.clock.correction(), -micros);
+    }
+
+    async fn query(&self, begin: i64, end: i64) -> BTreeMap<(usize, i64), (i64, i64)> {
         let time = |micros| Timestamp::from_micros(micros).expect("in range");
         let query = Query { sensors: HashSet::new(), start_time: time(begin), end_time: Some(time(end)), bucket: None };
         let mut answer = self.reader.read(&self.device, query).await.expect("answered");
@@ -136,10 +150,11 @@ impl Running {
             let Piece::Readings(sensor, readings) = piece else { panic!("not asked for") };
             let Values::Int64(values) = readings.values else { panic!("not integers") };
             let sensor = sensor.name[1..].parse().expect("a number");
+            let mut corrections = readings.clock_corrections.into_iter();
             for (time, value) in readings.times.into_iter().zip(values) {
                 let last = found.range((sensor, i64::MIN)..(sensor + 1, i64::MIN)).next_back().map(|((_, time), _)| *time);
                 assert!(last.is_none_or(|last| last < time), "in the order of time");
-                found.insert((sensor, time), value);
+                found.insert((sensor, time), (value, corrections.next().unwrap_or(0)));
             }
         }
         found
@@ -149,13 +164,13 @@ impl Running {
 /// What should be there.
 #[derive(Default)]
 struct Model {
-    readings: BTreeMap<(usize, i64), i64>,
+    readings: BTreeMap<(usize, i64), (i64, i64)>,
     // What is before it may be gone.
     expired: i64,
 }
 
 impl Model {
-    fn check(&self, found: &BTreeMap<(usize, i64), i64>, begin: i64, end: i64) {
+    fn check(&self, found: &BTreeMap<(usize, i64), (i64, i64)>, begin: i64, end: i64) {
         let asked = |time: &i64| (begin..end).contains(time);
         for ((sensor, time), value) in found {
             assert_eq!(self.readings.get(&(*sensor, *time)), Some(value), "sensor {sensor} at {time}");
@@ -166,7 +181,8 @@ impl Model {
     }
 }
 
-fn batch(upload: &Upload, number: i64) -> (Vec<u8>, Vec<Reading>) {
+/// As a device sends it whose clock is ahead by `ahead`, and what is stored of it.
+fn batch(upload: &Upload, number: i64, ahead: i64) -> (Vec<u8>, Vec<Reading>) {
     let times: Vec<i64> = (0..upload.rows).map(|row| upload.begin + row * upload.pace).collect();
     let values: Vec<i64> = (0..upload.rows).map(|row| number * 100 + row).collect();
     let column = |sensor: &usize| pb::Column {
@@ -175,8 +191,9 @@ fn batch(upload: &Upload, number: i64) -> (Vec<u8>, Vec<Reading>) {
         values: Some(Values::Int64(values.clone()).into()),
     };
     let columns = upload.sensors.iter().map(column).collect();
-    let frame = pb::Frame { base_time_us: times[0], time_deltas_us: vec![upload.pace; times.len() - 1], columns, ..Default::default() };
-    let rows = upload.sensors.iter().flat_map(|sensor| times.iter().zip(&values).map(|(time, value)| ((*sensor, *time), *value)));
+    let frame =
+        pb::Frame { base_time_us: times[0] + ahead, time_deltas_us: vec![upload.pace; times.len() - 1], columns, ..Default::default() };
+    let rows = upload.sensors.iter().flat_map(|sensor| times.iter().zip(&values).map(|(time, value)| ((*sensor, *time), (*value, -ahead))));
     (pb::Batch { frames: vec![frame] }.encode_to_vec(), rows.collect())
 }
 
@@ -195,12 +212,13 @@ async fn check(steps: Vec<Step>, storage: &Storage) {
     let stream = StreamId::new();
     let (mut model, mut sequence) = (Model::default(), 0);
     let mut last_batch = None;
+    let mut ahead = 0;
     let mut running = Running::open(storage).await;
     for step in steps {
         match step {
             Step::Upload(upload) => {
                 sequence += 1;
-                let (bytes, rows) = batch(&upload, sequence as i64);
+                let (bytes, rows) = batch(&upload, sequence as i64, ahead);
                 assert!(matches!(running.send(stream, sequence, bytes.clone()).await, Outcome::Stored { .. }));
                 model.readings.extend(rows);
                 last_batch = Some(bytes);
@@ -229,6 +247,11 @@ async fn check(steps: Vec<Step>, storage: &Storage) {
             Step::Restart => {
                 running.close().await;
                 running = Running::open(storage).await;
+                running.set_clock(ahead);
+            }
+            Step::Clock(micros) => {
+                ahead = micros;
+                running.set_clock(ahead);
             }
             Step::Query(begin, end) => model.check(&running.query(begin, end).await, begin, end),
         }

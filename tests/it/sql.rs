@@ -7,9 +7,14 @@ use crate::support::{
     eventually,
     postgres::{self, PostgresServer},
     script::skipped,
+    streams::Link,
 };
 use std::{path::Path, process::Command};
-use tidegate::{config::DatabaseUrl, model::columns::Values, pb};
+use tidegate::{
+    config::{ClockCorrection, DatabaseUrl},
+    model::{Timestamp, columns::Values},
+    pb,
+};
 
 const PAGE: &str = include_str!("../../docs/SQL.md");
 
@@ -48,6 +53,65 @@ fn batches() -> Vec<pb::Frame> {
         ..Default::default()
     };
     vec![even, uneven]
+}
+
+/// Four readings that are one chunk: of a device whose clock is not known, and, between them, of when it is known to stand at [`T0`].
+async fn send_with_a_clock_that_is_behind(gateway: &TestGateway) {
+    let device = TestDevice::new(&gateway.channel(), "slow");
+    let temperatures = |values: &[f64]| vec![column("t", "Cel", Values::Double(values.to_vec()))];
+    let now = Timestamp::now().micros();
+    let around = pb::Frame { time_deltas_us: vec![now - T0], ..frame(T0 + 100 * SECOND, temperatures(&[1.0, 4.0])) };
+    device.upload([(1, encode(vec![around]))]).await.expect("accepted");
+    let mut link = Link::open_with_clock(&device, T0 - now).await;
+    link.send_batch(2, encode(vec![frame(T0, temperatures(&[2.0, 3.0]))])).await;
+    link.acknowledged(2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sqlite3_reads_the_times_by_the_devices_clock() {
+    let gateway = TestGateway::start_with(|config| {
+        config.history.unmerged_bytes_max = 1;
+        config.devices.clock_correction = ClockCorrection::Measured;
+    })
+    .await;
+    if Command::new("sqlite3").arg("-version").output().is_err() {
+        return skipped("sqlite3 is not there");
+    }
+    send_with_a_clock_that_is_behind(&gateway).await;
+    let sql = "SELECT value, device_time, device_time = time FROM readings WHERE device = 'slow' ORDER BY time_us";
+    let all = || async { sqlite3(gateway.data_dir(), sql).filter(|rows| rows.lines().count() == 4) };
+    let rows = eventually("all is merged", all).await;
+    let rows: Vec<&str> = rows.lines().collect();
+    let corrected = ["1.0|2026-01-01T00:01:40.000000Z|1", "2.0|2026-01-01T00:00:00.000000Z|0", "3.0|2026-01-01T00:00:01.000000Z|0"];
+    assert_eq!(rows[..3], corrected);
+    assert!(rows[3].starts_with("4.0|") && rows[3].ends_with("|1"), "{rows:?}");
+    assert!(gateway.stop().await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn psql_reads_the_times_by_the_devices_clock() {
+    if !postgres::is_there() {
+        return;
+    }
+    let server = PostgresServer::shared();
+    let url = server.database();
+    let database = url.rsplit('/').next().expect("it has a name").to_owned();
+    let gateway = TestGateway::start_with(|config| {
+        config.storage.url = DatabaseUrl::new(url);
+        config.history.unmerged_bytes_max = 1;
+        config.devices.clock_correction = ClockCorrection::Measured;
+    })
+    .await;
+    send_with_a_clock_that_is_behind(&gateway).await;
+    let sql = "SELECT value, (extract(epoch FROM device_time) * 1000000)::bigint, device_time = time FROM readings \
+               WHERE device = 'slow' ORDER BY time_us";
+    let all = || async { server.psql(&database, sql).filter(|rows| rows.lines().count() == 4) };
+    let rows = eventually("all is merged", all).await;
+    let rows: Vec<&str> = rows.lines().collect();
+    let corrected = [(1, T0 + 100 * SECOND, 't'), (2, T0, 'f'), (3, T0 + SECOND, 'f')];
+    assert_eq!(rows[..3], corrected.map(|(value, time, same)| format!("{value}|{time}|{same}")));
+    assert!(rows[3].starts_with("4|") && rows[3].ends_with("|t"), "{rows:?}");
+    assert!(gateway.stop().await);
 }
 
 #[tokio::test]

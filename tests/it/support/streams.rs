@@ -7,7 +7,7 @@ use super::{
 use serde_json::Value;
 use tidegate::client::Channel;
 use tidegate::{
-    model::structs,
+    model::{Timestamp, structs},
     pb::{
         self, ConfigOutcome, ConfigState, configure_request, configure_response, connect_request, connect_response, set_config,
         watch_config,
@@ -34,6 +34,15 @@ impl Link {
             connect_response::Message::Welcome(welcome) => (link, welcome),
             other => panic!("not welcome: {other:?}"),
         }
+    }
+
+    /// Opens one, and answers the Welcome with the times of a clock that is `micros` ahead.
+    pub async fn open_with_clock(device: &TestDevice, micros: i64) -> Self {
+        let (link, welcome) = Self::open(device, 0).await;
+        let by_its_clock = || Timestamp::from_micros(Timestamp::now().micros() + micros).map(Timestamp::to_proto);
+        let sample = pb::ClockSample { server_time: welcome.server_time, receive_time: by_its_clock(), send_time: by_its_clock() };
+        link.say(connect_request::Message::ClockSample(sample)).await;
+        link
     }
 
     pub async fn say(&self, message: connect_request::Message) {
