@@ -44,7 +44,7 @@ pub fn batch(data: &[u8]) {
         assert_eq!(unknown.summary, summary);
         let BatchSensors::New(uses) = unknown.sensors else { panic!("none is known") };
         assert_eq!(latest.len(), uses.len());
-        for LatestReading { sensor_key, time, value } in latest {
+        for LatestReading { sensor_key, time, value, .. } in latest {
             let used = &uses[&names[sensor_key as usize].0];
             assert_eq!(used.latest_time, time);
             assert!(same(&used.latest_value, &value), "{:?} is not {value:?}", used.latest_value);

@@ -58,6 +58,8 @@ pub struct DeviceLatest {
 struct Reading {
     sensor_key: i64,
     time: Timestamp,
+    // What was added to that.
+    clock_correction: i64,
     value: Value,
     // Of the entry that it came with.
     position: Position,
@@ -128,7 +130,8 @@ impl Latest {
                     let known = device.sensors();
                     let latest = sensors.into_iter().filter_map(|(name, used)| {
                         let sensor_key = known.get(&name)?.key;
-                        Some(LatestReading { sensor_key, time: used.latest_time, value: used.latest_value })
+                        let (time, clock_correction) = (used.latest_time, used.latest_clock_correction);
+                        Some(LatestReading { sensor_key, time, clock_correction, value: used.latest_value })
                     });
                     state.add(&device, latest, position);
                 }
@@ -201,8 +204,8 @@ impl State {
         }
         let readings = Arc::make_mut(&mut found.readings);
         let mut next = 0;
-        for LatestReading { sensor_key, time, value } in latest {
-            let reading = Reading { sensor_key, time, value, position };
+        for LatestReading { sensor_key, time, clock_correction, value } in latest {
+            let reading = Reading { sensor_key, time, clock_correction, value, position };
             // Batches name their sensors mostly in the order of these.
             let is_next = readings.get(next).is_some_and(|reading| reading.sensor_key == sensor_key);
             let found = if is_next { Ok(next) } else { readings.binary_search_by_key(&sensor_key, |reading| reading.sensor_key) };
@@ -225,7 +228,8 @@ fn stored_readings(device: &Device, batch: bytes::Bytes) -> Result<(Vec<LatestRe
         // The last row of the latest time, as when the batch came in.
         let (row, &time) = column.times.iter().enumerate().max_by_key(|(_, time)| **time)?;
         let sensor_key = known.get(&column.sensor)?.key;
-        Some(LatestReading { sensor_key, time: Timestamp::from_micros(time)?, value: column.values.get(row)? })
+        let (time, clock_correction) = (Timestamp::from_micros(time)?, column.clock_correction);
+        Some(LatestReading { sensor_key, time, clock_correction, value: column.values.get(row)? })
     });
     Ok((readings.collect(), whole))
 }
@@ -238,7 +242,7 @@ impl DeviceLatest {
         named.sort_unstable_by(|(a, _), (b, _)| a.name.cmp(&b.name));
         let (mut batches, mut frames, mut bytes) = (Vec::new(), BTreeMap::new(), 0);
         for (sensor, reading) in named {
-            let frame = frames.entry(reading.time).or_insert_with(|| reading.frame());
+            let frame = frames.entry((reading.time, reading.clock_correction)).or_insert_with(|| reading.frame());
             let column = reading.column(sensor);
             bytes += column.encoded_len();
             frame.columns.push(column);
@@ -272,7 +276,7 @@ impl DeviceLatest {
 
 impl Reading {
     fn frame(&self) -> pb::Frame {
-        pb::Frame { base_time_us: self.time.micros(), ..Default::default() }
+        pb::Frame { base_time_us: self.time.micros(), clock_correction_us: self.clock_correction, ..Default::default() }
     }
 
     fn column(&self, sensor: &SensorRow) -> pb::Column {

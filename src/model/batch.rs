@@ -103,6 +103,8 @@ pub struct SensorUse {
     pub field: String,
     /// The time of its latest reading.
     pub latest_time: Timestamp,
+    /// What the gateway has added to that, microseconds; 0: nothing.
+    pub latest_clock_correction: i64,
     /// Its latest reading: of several at that time the last in the batch.
     pub latest_value: Value,
 }
@@ -123,6 +125,8 @@ pub struct LatestReading {
     pub sensor_key: i64,
     /// The reading's time.
     pub time: Timestamp,
+    /// What the gateway has added to it, microseconds; 0: nothing.
+    pub clock_correction: i64,
     /// Its value.
     pub value: Value,
 }
@@ -241,7 +245,7 @@ fn check_in_place(
             }
             highest_key = highest_key.max(key);
             let value = check_values(&column.values, times.rows, times.last_row, allow_non_finite)?;
-            latest.push(LatestReading { sensor_key: key, time, value });
+            latest.push(LatestReading { sensor_key: key, time, clock_correction: frame.clock_correction, value });
         }
         let columns = latest.len() - columns_before;
         fold(&mut latest, columns_before)?;
@@ -348,7 +352,9 @@ fn check_decoded(
         let (times, first, last) = check_times(&frame, &path, earliest_allowed, latest_allowed)?;
         let (earliest, latest) = extent.unwrap_or((first, last));
         extent = Some((earliest.min(first), latest.max(last)));
-        check_columns(frame.columns, &path, &times, last, &mut sensors)?;
+        let row = times.iter().rposition(|&time| time == last.micros()).unwrap_or(times.len() - 1);
+        let newest = Newest { row, time: last, clock_correction: frame.clock_correction_us };
+        check_columns(frame.columns, &path, &times, newest, &mut sensors)?;
         // Here already, and not only with the device's other sensors: what the check gathers is bounded by it.
         if sensors.len() > limits.sensors_max {
             let message = format!("{} sensors up to here: a device may have {} (devices.sensors_max)", sensors.len(), limits.sensors_max);
@@ -399,14 +405,21 @@ fn check_times(
     Ok((times, first, last))
 }
 
+/// The last row of a frame that has its latest time.
+#[derive(Clone, Copy)]
+struct Newest {
+    row: usize,
+    time: Timestamp,
+    clock_correction: i64,
+}
+
 fn check_columns(
     columns: Vec<pb::Column>,
     frame_path: &str,
     times: &[i64],
-    last: Timestamp,
+    newest: Newest,
     sensors: &mut BTreeMap<String, SensorUse>,
 ) -> Result<(), BatchReject> {
-    let latest_row = times.iter().rposition(|&time| time == last.micros()).unwrap_or(times.len() - 1);
     let mut names: Vec<String> = Vec::with_capacity(columns.len());
     for (index, column) in columns.into_iter().enumerate() {
         let path = format!("{frame_path}.columns[{index}]");
@@ -422,7 +435,7 @@ fn check_columns(
         }
         check_text(&values, &path)?;
         names.push(column.sensor.clone());
-        add_use(sensors, column.sensor, column.unit, values, path, last, latest_row)?;
+        add_use(sensors, column.sensor, column.unit, values, path, newest)?;
     }
     names.sort_unstable();
     match names.windows(2).find(|pair| pair[0] == pair[1]) {
@@ -437,17 +450,16 @@ fn add_use(
     unit: String,
     values: Values,
     field: String,
-    latest_time: Timestamp,
-    latest_row: usize,
+    Newest { row, time: latest_time, clock_correction: latest_clock_correction }: Newest,
 ) -> Result<(), BatchReject> {
     let non_finite = match &values {
         Values::Double(values) if values.iter().any(|value| !value.is_finite()) => Some(field.clone()),
         _ => None,
     };
-    let latest_value = values.get(latest_row).expect("a column is as long as its frame's times");
+    let latest_value = values.get(row).expect("a column is as long as its frame's times");
     let kind = values.kind();
     let Some(earlier) = sensors.get_mut(&sensor) else {
-        sensors.insert(sensor, SensorUse { unit, kind, non_finite, field, latest_time, latest_value });
+        sensors.insert(sensor, SensorUse { unit, kind, non_finite, field, latest_time, latest_clock_correction, latest_value });
         return Ok(());
     };
     if earlier.kind != kind {
@@ -465,7 +477,8 @@ fn add_use(
         earlier.non_finite = non_finite;
     }
     if latest_time >= earlier.latest_time {
-        (earlier.latest_time, earlier.latest_value) = (latest_time, latest_value);
+        (earlier.latest_time, earlier.latest_clock_correction) = (latest_time, latest_clock_correction);
+        earlier.latest_value = latest_value;
     }
     Ok(())
 }

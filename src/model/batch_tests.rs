@@ -207,7 +207,7 @@ mod in_place {
     /// The latest readings as the latest values take them over: of one time the later column.
     fn latest(readings: impl IntoIterator<Item = LatestReading>) -> BTreeMap<i64, (Timestamp, String)> {
         let mut latest = BTreeMap::new();
-        for LatestReading { sensor_key, time, value } in readings {
+        for LatestReading { sensor_key, time, value, .. } in readings {
             if latest.get(&sensor_key).is_none_or(|(earlier, _)| *earlier <= time) {
                 latest.insert(sensor_key, (time, format!("{value:?}")));
             }
@@ -236,6 +236,7 @@ mod in_place {
                     let uses = new_sensors(&decoded).iter().map(|(name, used)| LatestReading {
                         sensor_key: key(name, used.kind),
                         time: used.latest_time,
+                        clock_correction: used.latest_clock_correction,
                         value: used.latest_value.clone(),
                     });
                     prop_assert_eq!(latest(uses), latest(found));

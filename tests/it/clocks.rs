@@ -193,6 +193,18 @@ async fn followed(channel: &Channel) -> Vec<(i64, i64)> {
     }
 }
 
+/// The latest value's time and correction, as a follower is shown them at first.
+async fn latest(channel: &Channel) -> (i64, i64) {
+    let mut stream = live(channel).follow(pb::FollowRequest::default()).await.expect("begun").into_inner();
+    match stream.message().await.expect("no error").expect("not the end").message {
+        Some(follow_response::Message::Latest(latest)) => {
+            let frame = &latest.batch.as_ref().expect("set").frames[0];
+            (frame.base_time_us, frame.base_time_us - frame.clock_correction_us)
+        }
+        other => panic!("not the latest value: {other:?}"),
+    }
+}
+
 /// Sends a batch on a link; the reasons for which it was rejected.
 async fn send(link: &mut Link, sequence: u64, batch: Bytes) -> Vec<pb::RejectReason> {
     link.send_batch(sequence, batch).await;
@@ -230,6 +242,7 @@ async fn a_clock_that_is_off_is_corrected_as_long_as_it_is(on: Database) {
     sent.sort_unstable();
     let shown = shown_everywhere(&channel, "hasty").await;
     assert_eq!(shown.iter().map(|(_, own)| *own).collect::<Vec<_>>(), sent);
+    assert_eq!(latest(&channel).await, shown[5]);
     let first = shown[0].0 - shown[0].1;
     assert!((-DAY - 60 * SECOND..=-DAY + 60 * SECOND).contains(&first) && shown.iter().all(|(time, own)| time - own == first), "{shown:?}");
     assert!(shown.iter().all(|(time, _)| (began - 60 * SECOND..in_seconds(60)).contains(time)), "{shown:?}");
@@ -288,6 +301,7 @@ async fn a_gateway_that_starts_again_corrects_when_it_has_measured_again(on: Dat
     let gateway = gateway.restart().await;
     let device = device.on(&gateway.channel());
     assert_eq!(queried(&gateway.channel(), "slow").await, before);
+    assert_eq!(latest(&gateway.channel()).await, before[1]);
     let unknown = in_seconds(0) - DAY;
     device.upload([(3, temperatures(unknown, &[3.0]))]).await.expect("stored");
     assert!(queried(&gateway.channel(), "slow").await.contains(&(unknown, unknown)));
