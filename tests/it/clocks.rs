@@ -2,14 +2,15 @@
 
 use crate::support::{
     TestGateway,
-    client::{SECOND, TestDevice, column, devices, encode, frame, live, temperatures},
+    client::{SECOND, T0, TestDevice, column, devices, encode, frame, live, temperatures},
     database::{Database, on_each_database},
     eventually,
+    script::Script,
     streams::Link,
 };
 use bytes::Bytes;
 use prost::Message;
-use std::time::Duration;
+use std::{process::Command, time::Duration};
 use tidegate::{
     client::Channel,
     config::ClockCorrection,
@@ -365,5 +366,30 @@ async fn a_rejected_batch_keeps_its_correction(on: Database) {
     assert_eq!(replay(&channel, "hasty", letter).await.expect("mended"), 1);
     let shown = queried(&channel, "hasty").await;
     assert!(shown.len() == 1 && shown[0].1 == time && shown[0].0 < time - DAY + 60 * SECOND, "{shown:?}");
+    assert!(gateway.stop().await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_commands_show_both_times() {
+    let gateway = TestGateway::start_with(|config| config.devices.clock_correction = ClockCorrection::Measured).await;
+    let device = TestDevice::new(&gateway.channel(), "slow");
+    let mut link = Link::open_with_clock(&device, T0 - in_seconds(0)).await;
+    assert_eq!(send(&mut link, 1, temperatures(T0, &[1.5])).await, []);
+    let run = async |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tidegate"));
+        command.args(arguments).args(["--endpoint", &gateway.grpc.to_string()]);
+        Script::start(command).succeeds().await
+    };
+    let exported = run(&["export", "--device-time", "--quiet"]).await;
+    let lines: Vec<&str> = exported.lines().collect();
+    assert_eq!((lines[0], lines.len()), ("time,device,sensor,unit,value,device_time", 2));
+    assert!(lines[1].ends_with(",slow,t,Cel,1.5,2026-01-01T00:00:00.000Z") && !lines[1].starts_with("2026-01-01T"), "{exported}");
+    let queried = run(&["query", "slow", "--format", "csv", "--device-time"]).await;
+    assert!(queried.trim_end().ends_with(",t,1.5,Cel,2026-01-01T00:00:00.000Z"), "{queried}");
+    let followed = run(&["follow", "--json", "--from", "beginning", "--until-live"]).await;
+    assert!(followed.contains("\"device_time\":\"2026-01-01T00:00:00.000Z\""), "{followed}");
+    let shown = run(&["device", "show", "slow"]).await;
+    assert!(shown.contains("behind, ±") && shown.contains("its times are corrected by +"), "{shown}");
+    drop(link);
     assert!(gateway.stop().await);
 }

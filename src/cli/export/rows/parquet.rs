@@ -201,3 +201,37 @@ fn moved_by(bytes: i64, ordinal: i32, group: &RowGroupMetaData) -> Result<RowGro
     let begin = group.file_offset().map_or(bytes, |offset| offset + bytes);
     group.clone().into_builder().set_column_metadata(columns).set_file_offset(begin).set_ordinal(ordinal).build()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use parquet::{
+        file::reader::{FileReader, SerializedFileReader},
+        record::RowAccessor,
+    };
+
+    #[test]
+    fn the_times_by_the_devices_clock_are_a_column_of_their_own_also_when_it_is_gone_on_with() {
+        let rows = |time| Rows {
+            device: "pump-1".to_owned(),
+            sensor: "flow".to_owned(),
+            unit: "l/s".to_owned(),
+            times: vec![time],
+            device_times: vec![time + 7],
+            values: Values::Double(vec![0.5]),
+        };
+        let mut groups = RowGroups::new(true);
+        groups.take(&rows(1));
+        let mut file = [MAGIC, &groups.flush(MAGIC.len() as u64).expect("written")].concat();
+        let mut groups = RowGroups::restore(true, &groups.footer().expect("written")).expect("its own output");
+        groups.take(&rows(2));
+        file.extend(groups.flush(file.len() as u64).expect("written"));
+        file.extend(groups.footer().expect("written"));
+        let read = SerializedFileReader::new(Bytes::from(file)).expect("a file");
+        let read = read.get_row_iter(None).expect("rows").map(|row| row.expect("a row"));
+        let times: Vec<(i64, i64)> =
+            read.map(|row| (row.get_timestamp_micros(0).expect("set"), row.get_timestamp_micros(7).expect("set"))).collect();
+        assert_eq!(times, [(1, 8), (2, 9)]);
+    }
+}
