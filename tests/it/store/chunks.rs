@@ -52,7 +52,8 @@ async fn a_chunk_comes_back_as_it_was_written(database: Database) {
         Values::Text(vec!["".into(), "it's \"ü\"\n\u{0}".into(), "\\u0000".into()]),
     ];
     for values in values {
-        let chunk = Chunk::encode(&times, &values);
+        let clock_corrections = matches!(values, Values::Bool(_)).then(|| "[[0,0],[1,-5]]".to_owned());
+        let chunk = Chunk { clock_corrections, ..Chunk::encode(&times, &values) };
         let spans = fixture.store.chunks_around(&[extent(sensor.key, 0, 10)]).await.expect("read");
         let gone: Vec<i64> = spans.iter().map(|span| span.key).collect();
         replace(&fixture.store, &gone, &[NewChunk { sensor_key: sensor.key, complete: true, chunk: chunk.clone() }]).await;
