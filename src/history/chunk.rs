@@ -54,7 +54,7 @@ pub struct Chunk {
     pub value_divisor: f64,
     /// The elements.
     pub points: String,
-    /// What was [added](super::corrections) to the times as they came in; `None`: nothing.
+    /// What was added to the times as they came in, as runs; `None`: nothing.
     pub clock_corrections: Option<String>,
 }
 
