@@ -1,5 +1,6 @@
 //! The embedded database becomes one of PostgreSQL: `tidegate copy`.
 
+use crate::formats::restore;
 use crate::support::{
     TestGateway,
     client::{TestDevice, nth_temperatures},
@@ -90,4 +91,16 @@ async fn a_copy_that_was_cut_off_goes_on() {
     let device = device.on(&gateway.channel());
     assert_eq!(device.stored_temperatures().await, nth_temperatures(1..=100));
     assert!(gateway.stop().await);
+}
+
+/// What was added to the times of what is merged is part of it.
+#[tokio::test]
+async fn corrections_of_times_are_copied() {
+    if !postgres::is_there() {
+        return;
+    }
+    let directory = restore(include_str!("../fixtures/sqlite_0005.sql")).await;
+    let server = PostgresServer::private();
+    copy(directory.path(), &server.database()).succeeds().await;
+    assert_eq!(server.psql("test_0", "SELECT clock_corrections FROM chunks").expect("read").trim(), "[[0,-2000000]]");
 }

@@ -17,7 +17,7 @@ use tidegate::{
 };
 
 /// The database of a fixture in a data directory, as a gateway of then left it.
-async fn restore(fixture: &str) -> TempDir {
+pub async fn restore(fixture: &str) -> TempDir {
     let directory = TempDir::new().expect("a temporary directory");
     let url = format!("sqlite://{}?mode=rwc", directory.path().join("tidegate.db").display());
     let mut database = SqliteConnection::connect(&url).await.expect("made");
