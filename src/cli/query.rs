@@ -3,14 +3,12 @@
 use super::{
     Failure,
     client::{ClientArgs, MESSAGE_BYTES_MAX},
+    export::Rows,
     parse,
     print::{self, Table},
 };
 use crate::{
-    model::{
-        Timestamp,
-        columns::{Values, device_times, times_from_deltas},
-    },
+    model::Timestamp,
     pb::{self, query_readings_response::Message, reading_service_client::ReadingServiceClient},
 };
 use clap::{Args, ValueEnum};
@@ -107,18 +105,12 @@ impl<'a> Printer<'a> {
     }
 
     fn readings(&mut self, column: pb::ReadingColumn) -> Result<(), Failure> {
-        let pb::ReadingColumn { sensor, unit, base_time_us, time_deltas_us, values, clock_corrections_us } = column;
-        let times = times_from_deltas(base_time_us, &time_deltas_us).unwrap_or_default();
-        let own_times = device_times(&times, &clock_corrections_us);
-        let values = values.map(Values::from).filter(|values| values.len() == times.len());
-        let (Some(values), Some(own_times)) = (values, own_times) else {
-            return Err(Failure::Failed(format!("the gateway sent a column of {sensor:?} with more times than values")));
-        };
+        let Rows { sensor, unit, times, device_times, values, .. } = Rows::of(String::new(), column)?;
         self.heading(&sensor, &unit)?;
         let (mut table, mut rows) = (Table::bare(), csv::Writer::from_writer(Vec::new()));
         for (row, &time) in times.iter().enumerate() {
             let value = values.get(row).expect("as many values as times");
-            let own = self.device_time.then(|| print::time(own_times[row]));
+            let own = self.device_time.then(|| print::time(device_times[row]));
             match self.format {
                 Format::Table => table.row([print::time(time), print::value(&value)].into_iter().chain(own)),
                 Format::Csv => {

@@ -199,7 +199,6 @@ impl ClockWatch {
     pub fn measure(self, device: &Device, exchange: Exchange) {
         if let Some(offset) = exchange.offset() {
             self.note(device, |known| known.measure(offset));
-            self.correct(device, offset);
         }
     }
 
@@ -214,27 +213,22 @@ impl ClockWatch {
         let Some(offset) = known.offset() else { return };
         let (before, now) = (known.standing, offset.standing(self.offset_max));
         known.standing = now;
+        // Under the lock: of two that tell at once, the later one decides.
+        let corrected_before = device.clock.correction();
+        let corrected = match self.correction {
+            ClockCorrection::Off => 0,
+            ClockCorrection::Measured => offset.correction(corrected_before, self.offset_max),
+        };
+        device.clock.correction.store(corrected, Ordering::Relaxed);
         drop(known);
-        let seconds = offset.micros as f64 / 1e6;
+        let offset_seconds = offset.micros as f64 / 1e6;
         match now {
             _ if now == before => {}
-            Standing::Right => tracing::info!(device = %device.id, offset_seconds = seconds, "device.clock_right"),
-            Standing::Ahead | Standing::Behind => {
-                tracing::warn!(device = %device.id, offset_seconds = seconds, "device.clock_off: the times of its readings are wrong");
-            }
+            Standing::Right => tracing::info!(device = %device.id, offset_seconds, "device.clock_right"),
+            Standing::Ahead | Standing::Behind => tracing::warn!(device = %device.id, offset_seconds, "device.clock_off"),
         }
-    }
-
-    /// Begins, changes or ends the correction of a device's times.
-    fn correct(self, device: &Device, measured: ClockOffset) {
-        if self.correction == ClockCorrection::Off {
-            return;
-        }
-        let wanted = |before| Some(measured.correction(before, self.offset_max));
-        let (Ok(before) | Err(before)) = device.clock.correction.fetch_update(Ordering::Relaxed, Ordering::Relaxed, wanted);
-        let now = measured.correction(before, self.offset_max);
-        if now != before {
-            let (offset_seconds, correction_seconds) = (measured.micros as f64 / 1e6, now as f64 / 1e6);
+        if corrected != corrected_before {
+            let correction_seconds = corrected as f64 / 1e6;
             tracing::info!(device = %device.id, offset_seconds, correction_seconds, "device.clock_corrected");
         }
     }

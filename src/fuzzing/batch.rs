@@ -57,9 +57,10 @@ fn correct(bytes: &Bytes, sent: &pb::Batch) {
     let latest = Timestamp::from_micros(1_800_000_000_000_000).expect("in range");
     for micros in [-3_600_000_000, 3_600_000_000] {
         let Some(corrected) = (Correction { micros, latest }).of(bytes) else { continue };
-        let mut again = pb::Batch::decode(corrected).expect("its own output");
+        let mut again = pb::Batch::decode(corrected.batch).expect("its own output");
         for (frame, sent) in again.frames.iter_mut().zip(&sent.frames) {
             assert!(sent.clock_correction_us == 0 && [0, micros].contains(&frame.clock_correction_us));
+            assert!(frame.clock_correction_us == micros || !corrected.whole);
             frame.base_time_us -= std::mem::take(&mut frame.clock_correction_us);
         }
         // Bytes, as a NaN is not equal to itself.

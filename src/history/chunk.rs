@@ -92,6 +92,11 @@ impl Encoding {
 pub type Columns = (Vec<i64>, Values);
 
 impl Chunk {
+    /// How many bytes it takes in the store, about.
+    pub fn stored_bytes(&self) -> usize {
+        self.points.len() + self.clock_corrections.as_ref().map_or(0, String::len)
+    }
+
     /// The chunk of some readings to whose times nothing was added: at least one, their times those of [`Timestamp`](crate::model::Timestamp)s and strictly increasing.
     pub fn encode(times: &[i64], values: &Values) -> Self {
         let (first_time, last_time) = (times[0], times[times.len() - 1]);

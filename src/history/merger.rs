@@ -169,7 +169,7 @@ impl Merger {
         let old: HashMap<i64, Chunk> = old.into_iter().collect();
         for work in works {
             let new = work.chunks(&old)?;
-            writes.bytes += new.iter().map(|new| new.chunk.points.len()).sum::<usize>();
+            writes.bytes += new.iter().map(|new| new.chunk.stored_bytes()).sum::<usize>();
             writes.new.extend(new);
         }
         Ok(())

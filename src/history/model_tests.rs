@@ -197,13 +197,16 @@ fn batch(upload: &Upload, number: i64, ahead: i64) -> (Vec<u8>, Vec<Reading>) {
     (pb::Batch { frames: vec![frame] }.encode_to_vec(), rows.collect())
 }
 
-/// Polls a future at most so often, and then drops it, wherever it is.
+/// Polls a future at most so often, and then drops it, wherever it is: also right behind its last poll, in the midst of a transaction.
 async fn cut_off<T>(polls: usize, future: impl Future<Output = T>) {
     let mut future = pin!(future);
     let mut left = polls;
     std::future::poll_fn(|context| {
         left = left.saturating_sub(1);
-        if left == 0 { Poll::Ready(()) } else { future.as_mut().poll(context).map(|_| ()) }
+        match future.as_mut().poll(context) {
+            Poll::Pending if left > 0 => Poll::Pending,
+            _ => Poll::Ready(()),
+        }
     })
     .await;
 }

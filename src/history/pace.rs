@@ -6,7 +6,10 @@
 use crate::store::{Store, StoreError, WriteTx};
 use futures_util::future::BoxFuture;
 use std::time::{Duration, Instant};
-use tokio::{runtime::Handle, task::spawn_blocking};
+use tokio::{
+    runtime::Handle,
+    task::{JoinError, spawn_blocking},
+};
 use tokio_util::sync::CancellationToken;
 
 /// A transaction that takes longer than this is not rested from for longer: something is wrong, and all wait anyway.
@@ -20,21 +23,34 @@ pub struct Haste {
 }
 
 impl Haste {
-    /// Does a transaction, and rests.
+    /// Does a transaction, and rests from it.
     pub async fn write<T: Send + 'static>(
         self,
         store: &Store,
         work: impl for<'a> FnOnce(&'a mut WriteTx<'_>) -> BoxFuture<'a, Result<T, StoreError>> + Send + 'static,
     ) -> Result<T, StoreError> {
         let store = store.clone();
-        let (done, open) = promptly(async move {
+        let written = promptly(async move {
             let mut tx = store.begin().await?;
             let began = Instant::now();
             let done = work(&mut tx).await?;
             tx.commit().await?;
             Ok((done, began.elapsed()))
-        })
-        .await?;
+        });
+        self.rest_from(written.await?).await
+    }
+
+    /// Does what makes transactions of its own, and rests from all of it, the time included that it waited for the writer.
+    pub async fn write_with<T: Send + 'static>(
+        self,
+        work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let began = Instant::now();
+        let done = promptly(work).await?;
+        self.rest_from((done, began.elapsed())).await
+    }
+
+    async fn rest_from<T>(self, (done, open): (T, Duration)) -> Result<T, StoreError> {
         match open.min(COUNTED_MAX).mul_f64(self.rest) {
             Duration::ZERO => tokio::task::yield_now().await,
             rest => tokio::time::sleep(rest).await,
@@ -43,17 +59,73 @@ impl Haste {
     }
 }
 
-/// Does what writes on a thread that does not give way to others: on a busy machine each of its steps would wait for its turn, and
-/// the writer, and with it every device, for all of them. When the caller goes away the work ends, too.
-pub async fn promptly<T: Send + 'static>(work: impl Future<Output = Result<T, StoreError>> + Send + 'static) -> Result<T, StoreError> {
+/// Does what writes on a thread of its own that does not give way to others: on a busy machine each of its steps would wait for its turn,
+/// and the writer, and with it every device, for all of them. When the caller goes away the work ends, too.
+async fn promptly<T: Send + 'static>(work: impl Future<Output = Result<T, StoreError>> + Send + 'static) -> Result<T, StoreError> {
     let (runtime, stop) = (Handle::current(), CancellationToken::new());
     let stopped = stop.clone();
     let _stop = stop.drop_guard();
-    let done = spawn_blocking(move || runtime.block_on(stopped.run_until_cancelled(work))).await;
-    match done.map_err(tokio::task::JoinError::try_into_panic) {
+    // A new thread gives way as the one does that makes it: so a task of the runtime's has it made.
+    let task = tokio::spawn(async move { spawn_blocking(move || runtime.block_on(stopped.run_until_cancelled(work))).await });
+    match task.await.flatten().map_err(JoinError::try_into_panic) {
         Ok(done) => done.unwrap_or(Err(StoreError::Closed)),
         Err(Ok(panic)) => std::panic::resume_unwind(panic),
         // The gateway is at its end, and the work was not begun.
         Err(Err(_)) => Err(StoreError::Closed),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{config::Config, model::Position, store::test_databases};
+    use futures_util::{FutureExt, future::pending};
+    use tokio::sync::oneshot;
+
+    const RESTLESS: Haste = Haste { rest: 0.0 };
+
+    #[tokio::test]
+    async fn a_transaction_that_is_given_up_leaves_nothing_and_goes_out_of_the_way() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let config = Config { storage: test_databases::sqlite(directory.path()), ..Config::default() };
+        let store = Store::open(&config.storage).await.expect("opened");
+        let (open, is_open) = oneshot::channel();
+        let given_up = RESTLESS.write(&store, move |tx| {
+            async move {
+                tx.set_merged(Position(7)).await?;
+                let _ = open.send(());
+                pending().await
+            }
+            .boxed()
+        });
+        tokio::select! {
+            done = given_up => { let () = done.expect("it never ends"); }
+            opened = is_open => opened.expect("it was begun"),
+        }
+        // Waits for the one before it, which is about to end.
+        RESTLESS.write(&store, |tx| tx.set_merged(Position(3)).boxed()).await.expect("written");
+        assert_eq!(store.merged_position().await.expect("read"), Position(3));
+        store.close().await;
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_the_callers() {
+        let panics = std::panic::AssertUnwindSafe(promptly::<()>(async { panic!("as it happens") })).catch_unwind();
+        assert!(panics.await.is_err());
+    }
+
+    /// Linux shows it for each thread.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_thread_that_gives_way_has_its_transactions_made_by_one_that_does_not() {
+        let nice = || rustix::process::getpriority_process(None).expect("known");
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let handle = runtime.handle().clone();
+        let before = nice();
+        let of_both = std::thread::spawn(move || {
+            rustix::process::setpriority_process(None, before + 5).expect("lower");
+            (nice(), handle.block_on(promptly(async move { Ok(nice()) })).expect("done"))
+        });
+        assert_eq!(of_both.join().expect("no panic"), (before + 5, before));
     }
 }

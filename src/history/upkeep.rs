@@ -2,7 +2,7 @@
 
 use super::{
     merger::{Merged, Merger},
-    pace::{Haste, promptly},
+    pace::Haste,
 };
 use crate::{
     config::{Config, History},
@@ -30,7 +30,7 @@ const CHUNKS_PER_TRANSACTION: usize = 64;
 /// How many seconds to rest for each that a transaction is open: a tenth of the way into the store is the background's.
 const REST: f64 = 9.0;
 /// From so many times `history.unmerged_bytes_max` on that is less, as queries read all of it.
-const BACKLOG_HURRIED: f64 = 16.0;
+const BACKLOG_HURRIED: f64 = 4.0;
 /// At so many times there is no rest.
 const BACKLOG_RESTLESS: f64 = 64.0;
 /// How much free space the database keeps for what is written next: an eighth of what is used, and at least this.
@@ -46,10 +46,9 @@ pub struct Upkeep {
     replay_window: Duration,
     replay_bytes_max: usize,
     replay: Replay,
-    // Of what came in since the start, how many bytes of batches are merged.
+    // Of what came in since the start, behind this position, how many bytes of batches are merged.
+    started_behind: Position,
     merged_bytes: u64,
-    // What had come in when it was last decided how fast to go.
-    appended_bytes: u64,
 }
 
 /// What of the log is merged and still kept.
@@ -72,8 +71,8 @@ impl Upkeep {
     pub fn new(config: &Config, store: Store, registry: Registry, latest: Arc<Latest>, tail: Arc<Tail>, metrics: &Metrics) -> Self {
         let merger = Merger::new(store.clone(), registry, metrics);
         let (replay_window, replay_bytes_max) = (config.live.replay_window, config.live.replay_bytes_max);
-        let (history, replay) = (config.history.clone(), Replay::default());
-        Self { store, latest, tail, merger, history, replay_window, replay_bytes_max, replay, merged_bytes: 0, appended_bytes: 0 }
+        let (history, replay, started_behind) = (config.history.clone(), Replay::default(), *tail.head().borrow());
+        Self { store, latest, tail, merger, history, replay_window, replay_bytes_max, replay, started_behind, merged_bytes: 0 }
     }
 
     /// Works until `stop`: at each interval, and when enough has come in.
@@ -104,18 +103,17 @@ impl Upkeep {
     pub async fn round(&mut self) -> Result<(), StoreError> {
         let mut before = self.tail.appended_bytes();
         if self.store.lead_upkeep().await? {
-            let mut haste = self.haste();
-            while let Some(Merged { after, through, rows }) = self.merger.pass(haste).await? {
-                self.merged_bytes += rows.iter().map(|row| row.bytes as u64).sum::<u64>();
+            while let Some(Merged { after, through, rows }) = self.merger.pass(self.haste()).await? {
+                let new = rows.iter().filter(|row| row.position > self.started_behind);
+                self.merged_bytes += new.map(|row| row.bytes as u64).sum::<u64>();
                 self.replay.extend(&self.store, after).await?;
                 self.replay.add(&rows, through);
-                self.prune(haste).await?;
+                self.prune(self.haste()).await?;
                 self.show_backlog().await?;
                 before = self.tail.appended_bytes();
-                haste = self.haste();
             }
-            self.prune(haste).await?;
-            self.expire(haste).await?;
+            self.prune(self.haste()).await?;
+            self.expire(self.haste()).await?;
         }
         // All that had come in is merged, be it by another gateway.
         self.merged_bytes = before;
@@ -127,12 +125,8 @@ impl Upkeep {
         self.tail.appended_bytes().saturating_sub(self.merged_bytes)
     }
 
-    /// When much waits the rests are shorter; when nothing has come in since it was last asked, there are none.
-    fn haste(&mut self) -> Haste {
-        let appended = self.tail.appended_bytes();
-        if std::mem::replace(&mut self.appended_bytes, appended) == appended {
-            return Haste { rest: 0.0 };
-        }
+    /// When much waits the rests are shorter.
+    fn haste(&self) -> Haste {
         let backlog = self.backlog_bytes() as f64 / self.history.unmerged_bytes_max as f64;
         Haste { rest: REST * ((BACKLOG_RESTLESS - backlog) / (BACKLOG_RESTLESS - BACKLOG_HURRIED)).clamp(0.0, 1.0) }
     }
@@ -152,7 +146,7 @@ impl Upkeep {
             // A start reads the latest values from the log behind those that are saved.
             if through > saved {
                 let (latest, store) = (self.latest.clone(), self.store.clone());
-                promptly(async move { latest.save(&store).await }).await?;
+                haste.write_with(async move { latest.save(&store).await }).await?;
                 saved = self.store.latest_position().await?;
             }
             if through > saved {
@@ -176,7 +170,7 @@ impl Upkeep {
         let kept = FREE_BYTES_KEPT.max(self.store.used_bytes().await? / 8);
         loop {
             let store = self.store.clone();
-            if !promptly(async move { store.release_space(kept).await }).await? {
+            if !haste.write_with(async move { store.release_space(kept).await }).await? {
                 return Ok(());
             }
         }

@@ -7,7 +7,7 @@ use crate::{
     model::{
         BatchReject, CheckedBatch, StreamId, Timestamp,
         batch::{BatchSensors, RejectReason, reason_name},
-        correction::Correction,
+        correction::{Corrected, Correction},
     },
     store::{DeadLetterRow, SensorRow},
 };
@@ -20,8 +20,8 @@ const BATCHES_MAX: usize = 256;
 const BYTES_ENOUGH: usize = 64 << 10;
 
 /// A batch that is rejected for one of these is kept without a correction of its times, so that it is judged once more as it was sent. With
-/// any other reason it is a batch of which the gateway knows that it says no correction but the gateway's own.
-const KEPT_AS_SENT: [RejectReason; 2] = [RejectReason::Malformed, RejectReason::TooLarge];
+/// any other reason it is a batch of which the gateway knows that it says no correction but the gateway's own. One without readings would only grow.
+const KEPT_AS_SENT: [RejectReason; 3] = [RejectReason::Malformed, RejectReason::TooLarge, RejectReason::Empty];
 
 /// A batch as a device sends it.
 #[derive(Debug, Clone, Default)]
@@ -74,7 +74,7 @@ pub(super) struct RunBatch {
     pub lost_readings: u64,
     /// Where its bytes are in the run's.
     pub range: Range<usize>,
-    /// What was added to its times now, microseconds, though not necessarily in each frame.
+    /// What was added to all of its times now, microseconds.
     pub clock_correction: i64,
     pub checked: Result<CheckedBatch, BatchReject>,
 }
@@ -180,17 +180,17 @@ impl Ingest {
         run.batches.push(RunBatch { sequence, lost_batches, lost_readings, range, clock_correction, checked });
     }
 
-    /// Checks a batch, with its times corrected where the device's clock is known to be off: what is kept of it, and what was added to them.
+    /// Checks a batch, with its times corrected where the device's clock is known to be off: what is kept of it, and what was added to all of them.
     fn check(&self, run: &Run, batch: Bytes) -> (Bytes, i64, Result<CheckedBatch, BatchReject>) {
         let (limits, received, sensors) = (&self.limits, run.receive_time, &run.sensors);
         match run.times {
             Times::ToCorrect(micros) if batch.len() <= limits.bytes_max => {
                 // By as much a clock may be ahead that is not known to be off.
                 let correction = Correction { micros, latest: received.saturating_add(self.clock_offset_max) };
-                if let Some(corrected) = correction.of(&batch) {
+                if let Some(Corrected { batch: corrected, whole }) = correction.of(&batch) {
                     let checked = CheckedBatch::check_corrected(&corrected, limits, received, sensors.finder());
                     if !checked.as_ref().is_err_and(|reject| KEPT_AS_SENT.contains(&reject.reason)) {
-                        return (corrected, micros, checked);
+                        return (corrected, if whole { micros } else { 0 }, checked);
                     }
                 }
             }

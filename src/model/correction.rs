@@ -21,44 +21,54 @@ pub struct Correction {
     pub latest: Timestamp,
 }
 
+/// A batch with other times than it came with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Corrected {
+    /// Its bytes.
+    pub batch: Bytes,
+    /// Whether all of its frames have.
+    pub whole: bool,
+}
+
 impl Correction {
     /// A batch with its times corrected. `None` when it is to be judged as it is: nothing in it is to be corrected, it is none, or it says
     /// itself that it was corrected.
-    pub fn of(self, batch: &Bytes) -> Option<Bytes> {
+    pub fn of(self, batch: &Bytes) -> Option<Corrected> {
         match self.in_place(batch) {
             Ok(corrected) => corrected,
             Err(Unusual) => self.decoded(batch),
         }
-        .map(Bytes::from)
     }
 
-    fn in_place(self, batch: &[u8]) -> Result<Option<Vec<u8>>, Unusual> {
-        let (mut corrected, mut any) = (Vec::with_capacity(batch.len() + batch.len() / 8), false);
+    fn in_place(self, batch: &[u8]) -> Result<Option<Corrected>, Unusual> {
+        let (mut corrected, mut any, mut whole) = (Vec::with_capacity(batch.len() + batch.len() / 8), false, true);
         for frame in scan::frames(batch) {
             let mut frame = frame?;
             if frame.clock_correction != 0 {
                 return Err(Unusual);
             }
-            any |= self.applies_to(frame.sum_up_times()?.last) && frame.correct(self.micros);
+            let is_corrected = self.applies_to(frame.sum_up_times()?.last) && frame.correct(self.micros);
+            (any, whole) = (any || is_corrected, whole && is_corrected);
             frame.write_to(&mut corrected)?;
         }
-        Ok(any.then_some(corrected))
+        Ok(any.then(|| Corrected { batch: corrected.into(), whole }))
     }
 
-    fn decoded(self, batch: &Bytes) -> Option<Vec<u8>> {
+    fn decoded(self, batch: &Bytes) -> Option<Corrected> {
         let mut batch = pb::Batch::decode(batch.clone()).ok()?;
         if batch.frames.iter().any(|frame| frame.clock_correction_us != 0) {
             return None;
         }
-        let mut any = false;
+        let (mut any, mut whole) = (false, true);
         for frame in &mut batch.frames {
             let last = times_from_deltas(frame.base_time_us, &frame.time_deltas_us).and_then(|times| times.into_iter().max());
             let corrected = frame.base_time_us.checked_add(self.micros).filter(|_| last.is_some_and(|last| self.applies_to(last)));
-            if let Some(base_time_us) = corrected {
-                (frame.base_time_us, frame.clock_correction_us, any) = (base_time_us, self.micros, true);
+            match corrected {
+                Some(base_time_us) => (frame.base_time_us, frame.clock_correction_us, any) = (base_time_us, self.micros, true),
+                None => whole = false,
             }
         }
-        any.then(|| batch.encode_to_vec())
+        any.then(|| Corrected { batch: batch.encode_to_vec().into(), whole })
     }
 
     /// Whether a frame was sampled by the clock that the correction is for. One that would then come from the future was not: the clock

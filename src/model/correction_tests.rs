@@ -45,7 +45,7 @@ fn check(bytes: &Bytes, corrected: bool) -> Result<CheckedBatch, RejectReason> {
 fn times_are_corrected_and_the_devices_own_are_kept() {
     let sent = encoded(vec![frame(NOW + DAY, &[5, -3]), frame(NOW + DAY - 9, &[])]);
     assert_eq!(check(&sent, false).map(drop), Err(RejectReason::TimeInFuture));
-    let corrected = by(-DAY).of(&sent).expect("corrected");
+    let corrected = by(-DAY).of(&sent).expect("corrected").batch;
     let checked = check(&corrected, true).expect("good");
     assert_eq!((checked.summary.first_time.micros(), checked.summary.last_time.micros()), (NOW - 9, NOW + 5));
     let columns = decode_stored(corrected, |_| true).expect("a batch");
@@ -60,7 +60,8 @@ fn what_would_come_from_the_future_was_not_measured_by_that_clock() {
     let (set, not_yet) = (frame(NOW, &[]), frame(NOW - DAY, &[]));
     assert_eq!(by(DAY).of(&encoded(vec![set.clone()])), None);
     let corrected = by(DAY).of(&encoded(vec![set.clone(), not_yet])).expect("corrected in part");
-    let frames = pb::Batch::decode(corrected).expect("a batch").frames;
+    assert!(!corrected.whole);
+    let frames = pb::Batch::decode(corrected.batch).expect("a batch").frames;
     assert_eq!(frames[0], set);
     assert_eq!((frames[1].base_time_us, frames[1].clock_correction_us), (NOW, DAY));
 }
@@ -70,7 +71,7 @@ fn a_device_does_not_say_a_correction_itself() {
     let forged = encoded(vec![frame(NOW, &[]), pb::Frame { clock_correction_us: 1, ..frame(NOW, &[]) }]);
     assert_eq!(by(-DAY).of(&forged), None);
     assert_eq!(check(&forged, false).map(drop), Err(RejectReason::Malformed));
-    let corrected = by(-DAY).of(&encoded(vec![frame(NOW + DAY, &[])])).expect("corrected");
+    let corrected = by(-DAY).of(&encoded(vec![frame(NOW + DAY, &[])])).expect("corrected").batch;
     assert_eq!(by(-DAY).of(&corrected), None, "nor where the gateway writes it");
     assert_eq!(check(&corrected, false).map(drop), Err(RejectReason::Malformed));
     // Behind what the gateway would write in front, a later one would go before it.
@@ -84,7 +85,7 @@ fn times_beyond_all_years_and_what_is_no_batch_are_left_to_be_judged() {
     assert_eq!(by(-DAY).of(&encoded(vec![frame(i64::MIN, &[])])), None);
     assert_eq!(by(DAY).of(&encoded(vec![frame(i64::MAX, &[1])])), None);
     assert_eq!(by(DAY).of(&Bytes::from_static(&[0xff; 9])), None);
-    let corrected = by(-DAY).of(&encoded(vec![frame(Timestamp::MIN.micros() + 1, &[])])).expect("it fits");
+    let corrected = by(-DAY).of(&encoded(vec![frame(Timestamp::MIN.micros() + 1, &[])])).expect("it fits").batch;
     assert_eq!(check(&corrected, true).map(drop), Err(RejectReason::TimeTooOld));
 }
 
@@ -100,11 +101,11 @@ proptest! {
         let (correction, sent) = (by(days * DAY + micros), encoded(frames.clone()));
         let in_place = correction.in_place(&sent).expect("as encoders write it");
         let decoded = correction.decoded(&sent);
-        let read = |bytes: Option<Vec<u8>>| bytes.map(|bytes| pb::Batch::decode(bytes.as_slice()).expect("a batch"));
+        let read = |corrected: Option<Corrected>| corrected.map(|Corrected { batch, whole }| (pb::Batch::decode(batch).expect("a batch"), whole));
         prop_assert_eq!(read(in_place.clone()), read(decoded));
         let Some(corrected) = in_place else { return Ok(()) };
         // It is read in place again, with the correction.
-        let read: Vec<(i64, usize)> = scan::frames(&corrected)
+        let read: Vec<(i64, usize)> = scan::frames(&corrected.batch)
             .map(|frame| {
                 let frame = frame.expect("usual");
                 let first = frame.times().next().expect("a time").expect("usual");

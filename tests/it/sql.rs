@@ -69,14 +69,14 @@ async fn send_with_a_clock_that_is_behind(gateway: &TestGateway) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sqlite3_reads_the_times_by_the_devices_clock() {
+    if Command::new("sqlite3").arg("-version").output().is_err() {
+        return skipped("sqlite3 is not there");
+    }
     let gateway = TestGateway::start_with(|config| {
         config.history.unmerged_bytes_max = 1;
         config.devices.clock_correction = ClockCorrection::Measured;
     })
     .await;
-    if Command::new("sqlite3").arg("-version").output().is_err() {
-        return skipped("sqlite3 is not there");
-    }
     send_with_a_clock_that_is_behind(&gateway).await;
     let sql = "SELECT value, device_time, device_time = time FROM readings WHERE device = 'slow' ORDER BY time_us";
     let all = || async { sqlite3(gateway.data_dir(), sql).filter(|rows| rows.lines().count() == 4) };

@@ -18,7 +18,8 @@ use clap::Args;
 use indicatif::ProgressBar;
 pub use part::refuse_existing;
 use part::{PartFile, Stream};
-use rows::{Format, Layout, Rows};
+pub use rows::Rows;
+use rows::{Format, Layout};
 use std::{io::Write, ops::ControlFlow, path::PathBuf};
 
 #[derive(Debug, Args)]

@@ -58,13 +58,17 @@ pub struct Rows {
 
 impl Rows {
     pub fn from_wire(readings: pb::ExportedReadings) -> Result<Self, Failure> {
-        let pb::ExportedReadings { device, column } = readings;
-        let pb::ReadingColumn { sensor, unit, base_time_us, time_deltas_us, values, clock_corrections_us } = column.unwrap_or_default();
+        Self::of(readings.device, readings.column.unwrap_or_default())
+    }
+
+    /// Those of a column of a device.
+    pub fn of(device: String, column: pb::ReadingColumn) -> Result<Self, Failure> {
+        let pb::ReadingColumn { sensor, unit, base_time_us, time_deltas_us, values, clock_corrections_us } = column;
         let times = times_from_deltas(base_time_us, &time_deltas_us).unwrap_or_default();
         let values = values.map(Values::from).filter(|values| values.len() == times.len());
         match values.zip(device_times(&times, &clock_corrections_us)) {
             Some((values, device_times)) => Ok(Self { device, sensor, unit, times, device_times, values }),
-            None => Err(Failure::Failed(format!("the gateway sent a column of {device} {sensor:?} with more times than values"))),
+            None => Err(Failure::Failed(format!("the gateway sent a column of sensor {sensor:?} that does not add up"))),
         }
     }
 

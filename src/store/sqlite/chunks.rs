@@ -22,7 +22,7 @@ impl SqliteTx<'_> {
             let query = keys.iter().fold(sqlx::query(AssertSqlSafe(sql)), |query, key| query.bind(*key));
             places.pad(query).execute(&mut self.connection).await?;
         }
-        self.bytes += new.iter().map(|new| new.chunk.points.len()).sum::<usize>();
+        self.bytes += new.iter().map(|new| new.chunk.stored_bytes()).sum::<usize>();
         let head = "chunks (sensor_id, first_time, last_time, readings, complete, time_base, time_step, time_unit, time_factor, \
                     encoding, value_base, value_divisor, points, clock_corrections)";
         let tail = "AND EXISTS (SELECT 1 FROM sensors JOIN devices USING (device_id) WHERE sensor_id = column1)";
