@@ -1,31 +1,29 @@
 //! Ends connections that are used to wear the gateway out, which the HTTP/2 implementation alone would put up with.
 //!
 //! Two things are watched, at the price of a look at each frame's header:
-//! - PING, SETTINGS, WINDOW_UPDATE, PRIORITY, RST_STREAM, empty DATA and unknown frames make work and carry nothing. A few are
-//!   part of every connection, and clients answer what they are sent with some; who sends many more than that gets a GOAWAY
-//!   with ENHANCE_YOUR_CALM (RFC 9113 section 10.5).
+//! - PING, SETTINGS, WINDOW_UPDATE, PRIORITY, RST_STREAM, empty DATA and unknown frames make work and carry nothing, and so does
+//!   more metadata than a call needs. A few are part of every connection, and clients answer what they are sent with some. A client
+//!   that sends many more is not read from until its [rate](ControlRate) is free again, so that a flood waits where it comes from;
+//!   one that goes on all the same gets a GOAWAY with ENHANCE_YOUR_CALM (RFC 9113 section 10.5). Were it ended at once, it would
+//!   come again at once.
 //! - A client whose operating system takes nothing more of what is sent would be waited for until its own end.
 
-use super::frames::{FrameHeader, FrameScanner};
+use super::{
+    control_rate::{ControlLimits, ControlRate, Flood, units_of},
+    frames::{FrameHeader, FrameScanner},
+};
 use crate::middleware::Patience;
 use metrics::Counter;
 use std::{
     io::{self, IoSlice},
     pin::Pin,
     task::{Context, Poll, ready},
-    time::{Duration, Instant},
+    time::Duration,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
 /// The client connection preface (RFC 9113 section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-
-/// Over how long control frames are counted: what belongs to a burst of calls may come at once.
-const FLOOD_WINDOW: Duration = Duration::from_secs(10);
-
-/// How many control frames a client may answer each DATA frame with: WINDOW_UPDATE for the stream and for the connection,
-/// and the PING with which some measure the bandwidth.
-const CONTROL_FRAMES_PER_DATA_FRAME: u32 = 3;
 
 /// The error code of RFC 9113 section 7.
 const ENHANCE_YOUR_CALM: u8 = 11;
@@ -33,8 +31,8 @@ const ENHANCE_YOUR_CALM: u8 = 11;
 /// What a connection may do.
 #[derive(Clone)]
 pub struct IoLimits {
-    /// How many control frames a client may send a second, beside those that answer DATA.
-    pub control_frames_per_second_max: u32,
+    /// How many control frames a client may send, beside those that answer DATA.
+    pub control: ControlLimits,
     /// How long a client may take nothing of what is sent.
     pub unread_timeout: Duration,
     /// Counts connections that were ended for the first.
@@ -51,8 +49,7 @@ pub struct GuardedIo<T> {
     preface_bytes: u8,
     inbound: FrameScanner,
     outbound: FrameScanner,
-    control_frames: u32,
-    counted_since: Instant,
+    control: ControlRate,
     last_stream: u32,
     patience: Patience,
 }
@@ -73,8 +70,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
             preface_bytes: PREFACE.len() as u8,
             inbound: FrameScanner::default(),
             outbound: FrameScanner::default(),
-            control_frames: 0,
-            counted_since: Instant::now(),
+            control: ControlRate::new(),
             last_stream: 0,
             patience: Patience::default(),
         })
@@ -87,22 +83,16 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
         self.preface_bytes -= shown as u8;
     }
 
-    /// Looks at what the client sends; whether it is too much.
-    fn is_flooded_by(&mut self, bytes: &[u8]) -> bool {
-        let (control_frames, last_stream) = (&mut self.control_frames, &mut self.last_stream);
-        self.inbound.feed(bytes, |frame| match frame.kind {
-            FrameHeader::HEADERS => *last_stream = frame.stream.max(*last_stream),
-            FrameHeader::DATA if frame.payload_bytes > 0 || frame.flags & FrameHeader::END_STREAM != 0 => {}
-            _ => *control_frames = control_frames.saturating_add(1),
+    /// Looks at what the client sends.
+    fn note_received(&mut self, bytes: &[u8]) -> Result<(), Flood> {
+        let (mut units, last_stream) = (0, &mut self.last_stream);
+        self.inbound.feed(bytes, |frame| {
+            if frame.kind == FrameHeader::HEADERS {
+                *last_stream = frame.stream.max(*last_stream);
+            }
+            units += units_of(frame);
         });
-        let allowed = self.limits.control_frames_per_second_max.saturating_mul(FLOOD_WINDOW.as_secs() as u32);
-        if self.control_frames <= allowed {
-            return false;
-        }
-        // Only here is it asked for the time, which costs more than all the rest.
-        let flooded = self.counted_since.elapsed() < FLOOD_WINDOW;
-        (self.control_frames, self.counted_since) = (0, Instant::now());
-        flooded
+        self.control.take(units, &self.limits.control)
     }
 
     /// Looks at what was sent to the client, which is the first `count` bytes of these pieces.
@@ -113,7 +103,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
             count -= sent.len();
             self.outbound.feed(sent, |frame| data_frames += u32::from(frame.kind == FrameHeader::DATA));
         }
-        self.control_frames = self.control_frames.saturating_sub(data_frames.saturating_mul(CONTROL_FRAMES_PER_DATA_FRAME));
+        self.control.allow_answers_to(data_frames);
     }
 
     /// Tells the client why its connection ends, if there is room for it: who floods and does not read is not waited for.
@@ -144,9 +134,10 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for GuardedIo<T> {
             this.show_preface(buf);
             return Poll::Ready(Ok(()));
         }
+        ready!(this.control.poll_free(cx));
         let before = buf.filled().len();
         ready!(Pin::new(&mut this.inner).poll_read(cx, buf))?;
-        if this.is_flooded_by(&buf.filled()[before..]) {
+        if this.note_received(&buf.filled()[before..]).is_err() {
             buf.set_filled(before);
             this.limits.flooding.increment(1);
             this.say_goaway(cx);

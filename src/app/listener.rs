@@ -4,6 +4,7 @@
 //! system, ends the listener; when [`Listener::serve`] returns, every connection is closed and no work on a call is left.
 
 use super::{
+    control_rate::ControlLimits,
     guarded_io::{GuardedIo, IoLimits},
     io::GrpcIo,
 };
@@ -53,6 +54,9 @@ const LISTEN_QUEUE: u32 = 4_096;
 
 /// How much of one response may wait to be sent: what a client that reads slowly, or grants a huge window, costs in memory.
 const SEND_BUFFER_BYTES_MAX: usize = 64 << 10;
+
+/// For how long a client that floods is held to its rate before its connection is ended.
+const FLOOD_HELD_MAX: Duration = Duration::from_secs(10);
 
 /// By which factor connections become older or less old than the setting says: made all at once, they should not end all at once.
 const AGE_JITTER: Range<f64> = 0.9..1.1;
@@ -176,7 +180,11 @@ struct Server {
 impl Server {
     fn new(config: &Grpc, metrics: &Metrics) -> Self {
         let io_limits = IoLimits {
-            control_frames_per_second_max: config.control_frames_per_second_max,
+            control: ControlLimits {
+                units_per_second_max: config.control_frames_per_second_max,
+                // Behind a flood that is held back waits the answer to keepalive, too, which must not end it without a word.
+                held_max: FLOOD_HELD_MAX.min(config.keepalive_timeout),
+            },
             unread_timeout: config.unread_timeout,
             flooding: ended(metrics, "flood"),
             unread: ended(metrics, "unread"),

@@ -1,0 +1,163 @@
+//! How much a client may ask of a connection beside what carries something: a token bucket.
+
+use super::frames::FrameHeader;
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+/// For how long the rate may be used ahead: what belongs to a burst of calls comes at once.
+pub const BURST: Duration = Duration::from_secs(2);
+
+/// What of a frame costs as much as a frame.
+const BYTES_PER_UNIT: u32 = 256;
+
+/// Metadata of a call that costs nothing: more than it takes to say who calls.
+const FREE_HEADER_BYTES: u32 = 2 << 10;
+
+/// How many control frames a client may answer each DATA frame with: WINDOW_UPDATE for the stream and for the connection,
+/// and the PING with which some measure the bandwidth.
+const UNITS_PER_DATA_FRAME: u32 = 3;
+
+/// What a frame that a client sends costs, in control frames.
+pub fn units_of(frame: FrameHeader) -> u32 {
+    match frame.kind {
+        FrameHeader::DATA if frame.payload_bytes > 0 || frame.flags & FrameHeader::END_STREAM != 0 => 0,
+        FrameHeader::HEADERS => frame.payload_bytes.saturating_sub(FREE_HEADER_BYTES) / BYTES_PER_UNIT,
+        _ => 1 + frame.payload_bytes / BYTES_PER_UNIT,
+    }
+}
+
+/// How a client that uses more than its rate is treated.
+#[derive(Debug, Clone, Copy)]
+pub struct ControlLimits {
+    /// How many units it may use a second.
+    pub units_per_second_max: u32,
+    /// For how long it is held to that before it is taken for an attacker.
+    pub held_max: Duration,
+}
+
+/// It has been held to its rate for as long as it may be, and still sends more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Flood;
+
+/// What a client has used of its rate.
+///
+/// Who keeps to it costs an addition for each frame, and is never asked for the time but once in many frames; a timer has only who
+/// is held back.
+#[derive(Debug)]
+pub struct ControlRate {
+    // Used since the time was last looked at.
+    units: u32,
+    // When nothing would be used any longer, were there no more to come.
+    unused_at: Instant,
+    // Since when there was always something used.
+    used_since: Instant,
+    held: Option<Pin<Box<Sleep>>>,
+}
+
+impl ControlRate {
+    /// Of which nothing is used.
+    pub fn new() -> Self {
+        let now = Instant::now();
+        Self { units: 0, unused_at: now, used_since: now, held: None }
+    }
+
+    /// DATA frames were sent, which the client may answer.
+    pub fn allow_answers_to(&mut self, data_frames: u32) {
+        self.units = self.units.saturating_sub(data_frames.saturating_mul(UNITS_PER_DATA_FRAME));
+    }
+
+    /// Uses some of it, be it there or not.
+    pub fn take(&mut self, units: u32, limits: &ControlLimits) -> Result<(), Flood> {
+        self.units = self.units.saturating_add(units);
+        // Asking for the time costs more than all the rest.
+        if self.units <= limits.units_per_second_max / 16 {
+            return Ok(());
+        }
+        let now = Instant::now();
+        if self.unused_at <= now {
+            (self.unused_at, self.used_since) = (now, now);
+        }
+        self.unused_at += Duration::from_secs(1) * std::mem::take(&mut self.units) / limits.units_per_second_max;
+        let free_at = self.unused_at - BURST;
+        if free_at <= now {
+            return Ok(());
+        }
+        if free_at > self.used_since + limits.held_max {
+            return Err(Flood);
+        }
+        self.held = Some(Box::pin(sleep_until(free_at)));
+        Ok(())
+    }
+
+    /// Ready when the client may go on.
+    pub fn poll_free(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(held) = &mut self.held {
+            ready!(held.as_mut().poll(cx));
+            self.held = None;
+        }
+        Poll::Ready(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::poll_fn;
+
+    const LIMITS: ControlLimits = ControlLimits { units_per_second_max: 1_000, held_max: Duration::from_secs(10) };
+
+    /// Sends so many units as fast as it may, in pieces; how long it took.
+    async fn send(rate: &mut ControlRate, units: u32) -> Result<Duration, Flood> {
+        let began = Instant::now();
+        for _ in 0..units / 100 {
+            poll_fn(|cx| rate.poll_free(cx)).await;
+            rate.take(100, &LIMITS)?;
+        }
+        Ok(began.elapsed())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_burst_is_free_and_more_is_held_to_the_rate() {
+        let mut rate = ControlRate::new();
+        assert_eq!(send(&mut rate, 2_000).await, Ok(Duration::ZERO));
+        let held = send(&mut rate, 8_000).await.expect("a long burst");
+        assert!((Duration::from_millis(7_900)..Duration::from_millis(8_100)).contains(&held), "{held:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_always_sends_more_is_found_out_and_who_rests_is_not() {
+        let mut rate = ControlRate::new();
+        for _ in 0..10 {
+            send(&mut rate, 10_000).await.expect("there was a rest");
+            tokio::time::sleep(BURST).await;
+        }
+        let began = Instant::now();
+        assert_eq!(send(&mut rate, 100_000).await, Err(Flood));
+        assert!(began.elapsed() > LIMITS.held_max - Duration::from_millis(200), "not at once");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_keeps_to_the_rate_may_go_on_for_ever() {
+        let mut rate = ControlRate::new();
+        for _ in 0..10_000 {
+            rate.take(99, &LIMITS).expect("within the rate");
+            poll_fn(|cx| rate.poll_free(cx)).await;
+            assert!(rate.held.is_none());
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    #[test]
+    fn a_frame_costs_what_it_carries_beside_the_data() {
+        let frame = |kind, payload_bytes, flags| units_of(FrameHeader { kind, payload_bytes, flags, stream: 1 });
+        assert_eq!((frame(FrameHeader::DATA, 16_384, 0), frame(FrameHeader::DATA, 0, FrameHeader::END_STREAM)), (0, 0));
+        assert_eq!(frame(FrameHeader::DATA, 0, 0), 1);
+        assert_eq!((frame(FrameHeader::HEADERS, 700, 0), frame(FrameHeader::HEADERS, 16_384, 0)), (0, 56));
+        // PING, and a CONTINUATION.
+        assert_eq!((frame(6, 8, 0), frame(9, 2_560, 0)), (1, 11));
+    }
+}
