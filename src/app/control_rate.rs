@@ -14,6 +14,9 @@ pub const BURST: Duration = Duration::from_secs(2);
 /// What of a frame costs as much as a frame.
 const BYTES_PER_UNIT: u32 = 256;
 
+/// What a call costs that is begun to be thrown away: much more than a frame, but that happens to clients that mean well.
+const UNITS_PER_RESET: u32 = 4;
+
 /// Metadata of a call that costs nothing: more than it takes to say who calls.
 const FREE_HEADER_BYTES: u32 = 2 << 10;
 
@@ -26,6 +29,7 @@ pub fn units_of(frame: FrameHeader) -> u32 {
     match frame.kind {
         FrameHeader::DATA if frame.payload_bytes > 0 || frame.flags & FrameHeader::END_STREAM != 0 => 0,
         FrameHeader::HEADERS => frame.payload_bytes.saturating_sub(FREE_HEADER_BYTES) / BYTES_PER_UNIT,
+        FrameHeader::RST_STREAM => UNITS_PER_RESET,
         _ => 1 + frame.payload_bytes / BYTES_PER_UNIT,
     }
 }
@@ -157,6 +161,7 @@ mod tests {
         assert_eq!((frame(FrameHeader::DATA, 16_384, 0), frame(FrameHeader::DATA, 0, FrameHeader::END_STREAM)), (0, 0));
         assert_eq!(frame(FrameHeader::DATA, 0, 0), 1);
         assert_eq!((frame(FrameHeader::HEADERS, 700, 0), frame(FrameHeader::HEADERS, 16_384, 0)), (0, 56));
+        assert_eq!(frame(FrameHeader::RST_STREAM, 4, 0), 4);
         // PING, and a CONTINUATION.
         assert_eq!((frame(6, 8, 0), frame(9, 2_560, 0)), (1, 11));
     }

@@ -21,6 +21,8 @@ impl FrameHeader {
     pub const DATA: u8 = 0;
     /// HEADERS.
     pub const HEADERS: u8 = 1;
+    /// RST_STREAM.
+    pub const RST_STREAM: u8 = 3;
     /// GOAWAY.
     pub const GOAWAY: u8 = 7;
     /// On DATA and HEADERS: the sender's last frame of the stream.

@@ -1,7 +1,7 @@
 //! The gateway as a whole: build, run, drain. The one module that knows all others.
 
-pub(crate) mod frames;
 mod control_rate;
+pub(crate) mod frames;
 mod guarded_io;
 mod health;
 mod io;

@@ -229,6 +229,7 @@ pub struct History {
 pub struct Query {
     pub readings_max: usize,
     pub bytes_max: usize,
+    pub memory_bytes_max: usize,
     pub concurrent_max: usize,
 }
 

@@ -240,7 +240,7 @@ pub static SETTINGS: &[Setting] = &[
     setting(
         "grpc.control_frames_per_second_max",
         Allowed::Count(1..=1_000_000),
-        "How many HTTP/2 frames that carry nothing (PING, SETTINGS, RST_STREAM …) a client may send a second, counted over 10 s, beside those that answer what it is sent; with more its connection ends with ENHANCE_YOUR_CALM.",
+        "How many HTTP/2 frames that carry nothing (PING, SETTINGS …) a client may send a second on one connection, beside those that answer what it is sent; RST_STREAM counts as four, and metadata beyond 2 KiB a call as one for each 256 bytes. Twice as many may come at once; who sends more is not read from until the rate is free again, and whose connection has been held to it for 10 s (or grpc.keepalive_timeout, if that is less) gets ENHANCE_YOUR_CALM.",
     ),
     setting(
         "tls.certificate_file",
@@ -485,6 +485,11 @@ pub static SETTINGS: &[Setting] = &[
         "query.bytes_max",
         Allowed::Bytes(MIB..=64 * GIB),
         "How much memory the readings of one query that are not merged yet may take, about; one with more is refused with QUERY_TOO_LARGE.",
+    ),
+    setting(
+        "query.memory_bytes_max",
+        Allowed::Bytes(MIB..=4 * GIB - 1),
+        "How much memory the readings that are not merged yet may take in all queries together, about, beside 1 MiB for each; one that needs more than is left waits for 10 s, and is then refused with OVERLOADED; one that needs more than all of it is answered while no other has any of it.",
     ),
     setting(
         "query.concurrent_max",

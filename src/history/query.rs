@@ -3,6 +3,9 @@
 //! What is not merged yet is read first, and kept; then the chunks, a few at a time as the answer is taken. So what is merged in
 //! between is seen at least once, and what is seen twice is one reading of one time all the same. No transaction stays open for
 //! a client that takes its time.
+//!
+//! How much is not merged is not known before it is read. So a query begins with little room, and when that does not do it drops
+//! what it has and asks for more: what waits for room holds nothing, and so no two wait for each other.
 
 use super::{
     buckets::{Bucket, Buckets},
@@ -28,11 +31,15 @@ use std::{
 };
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::timeout,
+    time::{Instant, timeout_at},
 };
 
 /// How long a query waits for others to end: less than a client's patience and a stop's grace.
 const WAIT_MAX: Duration = Duration::from_secs(10);
+/// How much of what is not merged a query may hold that asks for no room: for most that does.
+const OWN_BYTES: usize = 1 << 20;
+/// How many times as much room a query asks for when what it had does not do.
+const ROOM_FACTOR: usize = 4;
 /// How many chunks are in memory at once: a few tens of thousands of readings.
 const CHUNKS_PER_READ: usize = 4;
 /// How many readings that are not merged go into one piece at the most: as many as the chunks have.
@@ -68,7 +75,9 @@ impl Query {
 pub struct Reader {
     store: Store,
     limits: config::Query,
-    permits: Arc<Semaphore>,
+    places: Arc<Semaphore>,
+    // Bytes of `query.memory_bytes_max`.
+    memory: Arc<Semaphore>,
     slow: SlowQueries,
 }
 
@@ -90,7 +99,27 @@ pub struct Answer {
     current: Option<Current>,
     readings: u64,
     database: DatabaseTime,
-    _permit: OwnedSemaphorePermit,
+    permits: Permits,
+}
+
+/// What a query has while it is worked on.
+struct Permits {
+    _place: OwnedSemaphorePermit,
+    // None: it holds so little that it needs none.
+    memory: Option<OwnedSemaphorePermit>,
+}
+
+impl Permits {
+    /// Takes out what stands for some bytes, to be given back when they are.
+    fn split_memory(&mut self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        let memory = self.memory.as_mut()?;
+        memory.split(bytes.min(memory.num_permits()))
+    }
+
+    /// Gives back all but what stands for some bytes.
+    fn keep_memory(&mut self, bytes: usize) {
+        self.memory = self.split_memory(bytes);
+    }
 }
 
 /// The sensor that is being read.
@@ -99,6 +128,7 @@ struct Current {
     // All before this time was given.
     from: i64,
     unmerged: Series,
+    _memory: Option<OwnedSemaphorePermit>,
     // How many of these were given.
     taken: usize,
     buckets: Option<Buckets>,
@@ -107,38 +137,85 @@ struct Current {
 impl Reader {
     /// Reads from `store`, within the limits of the settings. For which the database works for longer than `slow` is logged; 0: none.
     pub fn new(store: Store, limits: &config::Query, slow: Duration) -> Self {
-        let permits = Arc::new(Semaphore::new(limits.concurrent_max));
-        Self { store, limits: limits.clone(), permits, slow: SlowQueries::new(slow) }
+        let (places, memory) = (Arc::new(Semaphore::new(limits.concurrent_max)), Arc::new(Semaphore::new(limits.memory_bytes_max)));
+        Self { store, limits: limits.clone(), places, memory, slow: SlowQueries::new(slow) }
     }
 
-    /// Begins to answer a query from all that is stored. Waits for a while when there are as many answers as there may be.
+    /// Begins to answer a query from all that is stored. Waits for a while when there are as many answers as there may be, or
+    /// they hold as much as they may.
     pub async fn read(&self, device: &Device, query: Query) -> Result<Answer, Failure> {
-        let permit = match timeout(WAIT_MAX, self.permits.clone().acquire_owned()).await {
-            Ok(permit) => permit.map_err(|_| Error::Draining)?,
-            Err(_) => return Err(Error::Overloaded { setting: "query.concurrent_max", limit: self.limits.concurrent_max }.into()),
-        };
+        let until = Instant::now() + WAIT_MAX;
+        let overloaded = |setting, limit| Error::Overloaded { setting, limit };
+        let place = taken(&self.places, 1, until, overloaded("query.concurrent_max", self.limits.concurrent_max)).await?;
         let mut database = self.slow.begin(&device.id);
-        // All at once: between two reads a later reading of the same time could be merged, and the earlier one be preferred to it.
-        let unmerged = self.store.read_unmerged(device.key, query.start_time, query.end_time, self.limits.bytes_max);
-        let unmerged = database.of(unmerged).await?;
-        if !unmerged.whole {
-            return Err(Error::QueryTooLarge { setting: "query.bytes_max", limit: self.limits.bytes_max }.into());
-        }
-        let mut overlay = Overlay { device: device.id.clone(), query, limits: self.limits.clone(), sensors: HashMap::new(), held: (0, 0) };
-        let (overlay, permit) = aside(move || {
-            overlay.add(unmerged.rows)?;
-            overlay.sensors.values_mut().for_each(|series| *series = std::mem::replace(series, Series::new(series.values.kind())).sorted());
-            // With the permit: when the caller goes away, this is in memory until the work on it ends.
-            Ok((overlay, permit))
-        })
-        .await?;
+        let mut permits = Permits { _place: place, memory: None };
+        let mut room = OWN_BYTES.min(self.limits.bytes_max);
+        let overlay = loop {
+            let found;
+            (found, permits) = self.read_unmerged(device, &query, room, &mut database, permits).await?;
+            if let Some(overlay) = found {
+                break overlay;
+            }
+            if room == self.limits.bytes_max {
+                return Err(Error::QueryTooLarge { setting: "query.bytes_max", limit: room }.into());
+            }
+            permits.memory = None;
+            room = room.saturating_mul(ROOM_FACTOR).min(self.limits.bytes_max);
+            // One that is larger than all of it takes all of it, and is alone.
+            let (bytes, limit) = (room.min(self.limits.memory_bytes_max), self.limits.memory_bytes_max);
+            permits.memory = Some(taken(&self.memory, bytes, until, overloaded("query.memory_bytes_max", limit)).await?);
+        };
+        permits.keep_memory(overlay.bytes);
         // After the log: whatever it has is registered.
         let mut sensors = database.of(self.store.sensors(device.key)).await?;
-        let Overlay { query, sensors: unmerged, .. } = overlay;
         sensors.retain(|sensor| query.wants_sensor(&sensor.name));
         sensors.sort_by(|a, b| a.name.cmp(&b.name));
-        let (store, sensors) = (self.store.clone(), sensors.into_iter());
-        Ok(Answer { store, query, sensors, unmerged, current: None, readings: 0, database, _permit: permit })
+        let (store, sensors, unmerged) = (self.store.clone(), sensors.into_iter(), overlay.sensors);
+        Ok(Answer { store, query, sensors, unmerged, current: None, readings: 0, database, permits })
+    }
+
+    /// What of a query is not merged; `None` when there is not `room` for it.
+    ///
+    /// The permits go along: when the caller goes away, all this is in memory until the work on it ends.
+    async fn read_unmerged(
+        &self,
+        device: &Device,
+        query: &Query,
+        room: usize,
+        database: &mut DatabaseTime,
+        permits: Permits,
+    ) -> Result<(Option<Overlay>, Permits), Failure> {
+        // All at once: between two reads a later reading of the same time could be merged, and the earlier one be preferred to it.
+        let unmerged = database.of(self.store.read_unmerged(device.key, query.start_time, query.end_time, room)).await?;
+        if !unmerged.whole {
+            return Ok((None, permits));
+        }
+        let mut overlay = Overlay {
+            device: device.id.clone(),
+            query: query.clone(),
+            readings_max: self.limits.readings_max,
+            room,
+            sensors: HashMap::new(),
+            readings: 0,
+            bytes: 0,
+        };
+        aside(move || {
+            if !overlay.add(unmerged.rows)? {
+                return Ok((None, permits));
+            }
+            overlay.sensors.values_mut().for_each(|series| *series = std::mem::replace(series, Series::new(series.values.kind())).sorted());
+            Ok((Some(overlay), permits))
+        })
+        .await
+    }
+}
+
+/// Takes permits as soon as there are so many; `otherwise` when there are not by then.
+async fn taken(from: &Arc<Semaphore>, count: usize, until: Instant, otherwise: Error) -> Result<OwnedSemaphorePermit, Error> {
+    let count = u32::try_from(count).map_err(|_| Error::Internal)?;
+    match timeout_at(until, from.clone().acquire_many_owned(count)).await {
+        Ok(permits) => permits.map_err(|_| Error::Draining),
+        Err(_) => Err(otherwise),
     }
 }
 
@@ -151,22 +228,28 @@ async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T, Failure> + Se
 struct Overlay {
     device: DeviceId,
     query: Query,
-    limits: config::Query,
+    readings_max: usize,
+    // How many bytes it may take.
+    room: usize,
     sensors: HashMap<String, Series>,
-    // Readings and bytes.
-    held: (usize, usize),
+    readings: usize,
+    bytes: usize,
 }
 
 impl Overlay {
-    fn add(&mut self, rows: Vec<LogRow>) -> Result<(), Failure> {
+    /// Takes the readings that are asked for; whether there was room for them.
+    fn add(&mut self, rows: Vec<LogRow>) -> Result<bool, Failure> {
         for row in rows {
             let columns = decode_stored(row.batch, |sensor| self.query.wants_sensor(sensor))
                 .map_err(|why| StoreError::Damaged(format!("the batch at position {} of device {}: {why}", row.position.0, self.device)))?;
             for column in columns {
                 self.add_column(column)?;
+                if self.bytes > self.room {
+                    return Ok(false);
+                }
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn add_column(&mut self, DecodedColumn { sensor, times, clock_correction, values }: DecodedColumn) -> Result<(), Failure> {
@@ -181,11 +264,10 @@ impl Overlay {
             }
         }
         .corrected_by(clock_correction);
-        self.held = (self.held.0 + series.len(), self.held.1 + series.memory_bytes());
-        let limits =
-            [("query.readings_max", self.held.0, self.limits.readings_max), ("query.bytes_max", self.held.1, self.limits.bytes_max)];
-        if let Some((setting, _, limit)) = limits.into_iter().find(|(_, held, limit)| held > limit) {
-            return Err(Error::QueryTooLarge { setting, limit }.into());
+        self.readings += series.len();
+        self.bytes += series.memory_bytes();
+        if self.readings > self.readings_max {
+            return Err(Error::QueryTooLarge { setting: "query.readings_max", limit: self.readings_max }.into());
         }
         let kind = series.values.kind();
         if self.sensors.entry(sensor).or_insert_with(|| Series::new(kind)).append(series) {
@@ -208,7 +290,9 @@ impl Answer {
                 let Some(sensor) = self.sensors.next() else { return Ok(None) };
                 let unmerged = self.unmerged.remove(&sensor.name).unwrap_or_else(|| Series::new(sensor.kind));
                 let buckets = self.query.bucket.map(Buckets::new);
-                self.current = Some(Current { sensor, from: self.query.start_time.micros(), unmerged, taken: 0, buckets });
+                let memory = self.permits.split_memory(unmerged.memory_bytes());
+                let from = self.query.start_time.micros();
+                self.current = Some(Current { sensor, from, unmerged, _memory: memory, taken: 0, buckets });
                 continue;
             };
             let (readings, more) = current.read(&self.store, &mut self.database, self.query.end_micros()).await?;

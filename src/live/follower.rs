@@ -138,7 +138,7 @@ impl Follower {
             head,
             sources,
         };
-        follower.seek(start).await?;
+        Box::pin(follower.seek(start)).await?;
         Ok(follower)
     }
 
@@ -199,7 +199,8 @@ impl Follower {
                     self.give_way().await;
                 }
                 TailRead::Behind => {
-                    self.read_store().await?;
+                    // Boxed, as all that asks the database: thousands of followers that are up to date need no room for it.
+                    Box::pin(self.read_store()).await?;
                     self.give_way().await;
                 }
                 TailRead::UpToDate => {
@@ -285,7 +286,7 @@ impl Follower {
         {
             return Ok(known.clone());
         }
-        let device = self.sources.registry.by_key(key).await?;
+        let device = Box::pin(self.sources.registry.by_key(key)).await?;
         self.devices.insert(key, device.clone());
         Ok(device)
     }
