@@ -78,23 +78,23 @@ impl ControlRate {
     pub fn take(&mut self, units: u32, limits: &ControlLimits) -> Result<(), Flood> {
         self.units = self.units.saturating_add(units);
         // Asking for the time costs more than all the rest.
-        if self.units <= limits.units_per_second_max / 16 {
-            return Ok(());
+        if self.units > limits.units_per_second_max / 16 {
+            self.held = self.settle(Instant::now(), limits)?.map(|free_at| Box::pin(sleep_until(free_at)));
         }
-        let now = Instant::now();
+        Ok(())
+    }
+
+    /// Counts what was used until `now`; until when the client is to be held, if it is.
+    fn settle(&mut self, now: Instant, limits: &ControlLimits) -> Result<Option<Instant>, Flood> {
         if self.unused_at <= now {
             (self.unused_at, self.used_since) = (now, now);
         }
         self.unused_at += Duration::from_secs(1) * std::mem::take(&mut self.units) / limits.units_per_second_max;
         let free_at = self.unused_at - BURST;
-        if free_at <= now {
-            return Ok(());
-        }
-        if free_at > self.used_since + limits.held_max {
+        if free_at > now && free_at > self.used_since + limits.held_max {
             return Err(Flood);
         }
-        self.held = Some(Box::pin(sleep_until(free_at)));
-        Ok(())
+        Ok((free_at > now).then_some(free_at))
     }
 
     /// Ready when the client may go on.
@@ -114,45 +114,52 @@ mod tests {
 
     const LIMITS: ControlLimits = ControlLimits { units_per_second_max: 1_000, held_max: Duration::from_secs(10) };
 
-    /// Sends so many units as fast as it may, in pieces; how long it took.
-    async fn send(rate: &mut ControlRate, units: u32) -> Result<Duration, Flood> {
-        let began = Instant::now();
+    /// Sends so many units in pieces of a hundred, each as soon as it may; when it could go on.
+    fn send(rate: &mut ControlRate, units: u32, mut now: Instant) -> Result<Instant, Flood> {
         for _ in 0..units / 100 {
-            poll_fn(|cx| rate.poll_free(cx)).await;
-            rate.take(100, &LIMITS)?;
+            rate.units += 100;
+            now = rate.settle(now, &LIMITS)?.unwrap_or(now);
         }
-        Ok(began.elapsed())
+        Ok(now)
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_burst_is_free_and_more_is_held_to_the_rate() {
+    #[test]
+    fn a_burst_is_free_and_more_is_held_to_the_rate() {
         let mut rate = ControlRate::new();
-        assert_eq!(send(&mut rate, 2_000).await, Ok(Duration::ZERO));
-        let held = send(&mut rate, 8_000).await.expect("a long burst");
-        assert!((Duration::from_millis(7_900)..Duration::from_millis(8_100)).contains(&held), "{held:?}");
+        let begin = Instant::now();
+        assert_eq!(send(&mut rate, 2_000, begin), Ok(begin));
+        assert_eq!(send(&mut rate, 8_000, begin), Ok(begin + Duration::from_secs(8)));
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn who_always_sends_more_is_found_out_and_who_rests_is_not() {
+    #[test]
+    fn who_always_sends_more_is_found_out_and_who_rests_is_not() {
         let mut rate = ControlRate::new();
+        let mut now = Instant::now();
         for _ in 0..10 {
-            send(&mut rate, 10_000).await.expect("there was a rest");
-            tokio::time::sleep(BURST).await;
+            now = send(&mut rate, 10_000, now).expect("there was a rest") + BURST;
         }
-        let began = Instant::now();
-        assert_eq!(send(&mut rate, 100_000).await, Err(Flood));
-        assert!(began.elapsed() > LIMITS.held_max - Duration::from_millis(200), "not at once");
+        now = send(&mut rate, 12_000, now).expect("for as long as it may");
+        assert_eq!(send(&mut rate, 100, now), Err(Flood));
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn who_keeps_to_the_rate_may_go_on_for_ever() {
+    #[test]
+    fn who_keeps_to_the_rate_may_go_on_for_ever() {
         let mut rate = ControlRate::new();
+        let mut now = Instant::now();
         for _ in 0..10_000 {
-            rate.take(99, &LIMITS).expect("within the rate");
-            poll_fn(|cx| rate.poll_free(cx)).await;
-            assert!(rate.held.is_none());
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            assert_eq!(send(&mut rate, 100, now), Ok(now));
+            now += Duration::from_millis(100);
         }
+    }
+
+    #[tokio::test]
+    async fn who_is_held_goes_on_when_it_may() {
+        let mut rate = ControlRate::new();
+        let limits = ControlLimits { units_per_second_max: 100, ..LIMITS };
+        rate.take(210, &limits).expect("no flood");
+        assert!(rate.held.is_some());
+        poll_fn(|cx| rate.poll_free(cx)).await;
+        assert!(rate.held.is_none());
     }
 
     #[test]

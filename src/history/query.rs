@@ -354,3 +354,20 @@ impl Current {
         piece
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_waits_for_room_for_too_long_is_told_which_limit_it_is() {
+        let memory = Arc::new(Semaphore::new(10));
+        let refusal = || Error::Overloaded { setting: "query.memory_bytes_max", limit: 10 };
+        let until = Instant::now();
+        let held = taken(&memory, 8, until, refusal()).await.expect("free");
+        let refused = taken(&memory, 3, until, refusal()).await.expect_err("held");
+        assert!(matches!(refused, Error::Overloaded { setting: "query.memory_bytes_max", limit: 10 }));
+        drop(held);
+        taken(&memory, 10, until, refusal()).await.expect("free, though it is late");
+    }
+}

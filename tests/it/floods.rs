@@ -2,11 +2,13 @@
 //! was, and who behaves well notices nothing.
 
 use crate::support::{
+    TestGateway,
     h2_raw::{
         self, END_HEADERS, END_STREAM, ENHANCE_YOUR_CALM, Ending, RawConnection, WINDOW_MAX, call, call_fields, field, frame, kind, ping,
         reset, settings, whole_call, window_update,
     },
     siege::Siege,
+    soon,
 };
 use std::{
     net::SocketAddr,
@@ -47,10 +49,33 @@ async fn flood(address: SocketAddr, begin: Vec<u8>, bytes: Vec<u8>) {
 async fn who_floods_is_told_why_it_ends() {
     let siege = Siege::start().await;
     let mut connection = open(siege.gateway.grpc).await;
-    // One more than is allowed within ten seconds, the SETTINGS of the beginning among them.
-    connection.write.write_all(&ping().repeat(10_000)).await.expect("it reads");
-    let ending = connection.read.until_end().await;
+    // The end may come while there is more to send.
+    let pings = ping().repeat(50_000);
+    let (_, ending) = tokio::join!(connection.write.write_all(&pings), connection.read.until_end());
     assert_eq!(ending, Ending { goaway: Some(ENHANCE_YOUR_CALM), ..Ending::default() });
+    assert_eq!(siege.metric("tidegate_grpc_connections_ended_total{reason=\"flood\"}").await, Some(1.0));
+}
+
+/// Scenario: a client sends at once what it may send in four seconds, and a call behind it. Guarantee: it is answered all of it.
+#[tokio::test]
+async fn a_burst_is_held_back_and_nothing_of_it_is_lost() {
+    const PINGS: usize = 4_000;
+    let gateway = TestGateway::start_with(|config| config.grpc.control_frames_per_second_max = PINGS as u32 / 4).await;
+    let mut connection = open(gateway.grpc).await;
+    let burst = [ping().repeat(PINGS), whole_call(1, FOLLOW, b"")].concat();
+    let answers = async {
+        let (mut pongs, mut answered) = (0, false);
+        while pongs < PINGS || !answered {
+            match connection.read.next().await.expect("it goes on") {
+                (kind::PING, ..) => pongs += 1,
+                (kind::HEADERS, ..) => answered = true,
+                (kind::GOAWAY, ..) => panic!("it is ended"),
+                _ => {}
+            }
+        }
+    };
+    let (written, ()) = tokio::join!(connection.write.write_all(&burst), soon("all is answered", answers));
+    written.expect("it reads");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -94,6 +94,27 @@ async fn an_answer_that_is_not_read_counts_against_the_queries_until_it_is_dropp
     assert_eq!(answer["note"].0.len(), 8 * TEXTS_PER_BATCH);
 }
 
+/// Scenario: an answer that nobody reads holds all that queries may. Guarantee: one that needs much, too, waits for it; one that needs
+/// little does not.
+#[tokio::test]
+async fn what_is_not_merged_is_held_within_one_limit_for_all_queries() {
+    let gateway = TestGateway::start_with(|config| config.query.memory_bytes_max = 4 << 20).await;
+    let channel = gateway.channel();
+    let (large, small) = (TestDevice::new(&channel, "pump-1"), TestDevice::new(&channel, "pump-2"));
+    large.upload((1..=8).map(|sequence| (sequence, texts(sequence)))).await.expect("accepted");
+    small.upload_nth([1]).await.expect("accepted");
+    let mut client = ReadingServiceClient::new(channel.clone());
+    let unread = client.query_readings(query_of(&large)).await.expect("more than all of it, but alone").into_inner();
+    let mut second = Request::new(query_of(&large));
+    second.set_timeout(Duration::from_millis(500));
+    let status = client.query_readings(second).await.expect_err("all is held");
+    assert!(matches!(status.code(), Code::DeadlineExceeded | Code::Cancelled), "{status:?}");
+    assert_eq!(soon("a small answer", query(&channel, query_of(&small))).await.expect("answered")["t"].0.len(), 10);
+    drop(unread);
+    let answer = soon("there is room", query(&channel, query_of(&large))).await.expect("answered");
+    assert_eq!(answer["note"].0.len(), 8 * TEXTS_PER_BATCH);
+}
+
 #[tokio::test]
 async fn the_latest_readings_of_a_device_with_much_text_come_in_several_messages() {
     let gateway = TestGateway::start_with(|config| config.devices.sensors_max = 1_200).await;
