@@ -489,7 +489,7 @@ pub static SETTINGS: &[Setting] = &[
     setting(
         "query.memory_bytes_max",
         Allowed::Bytes(MIB..=4 * GIB - 1),
-        "How much memory the readings that are not merged yet may take in all queries together, about, beside 1 MiB for each; one that needs more than is left waits for 10 s, and is then refused with OVERLOADED; one that needs more than all of it is answered while no other has any of it.",
+        "How much memory the readings that are not merged yet may take in all queries together, about, beside 256 KiB for each; one that needs more than is left waits for 10 s, and is then refused with OVERLOADED; one that needs more than all of it is answered while no other has any of it.",
     ),
     setting(
         "query.concurrent_max",

@@ -37,7 +37,7 @@ use tokio::{
 /// How long a query waits for others to end: less than a client's patience and a stop's grace.
 const WAIT_MAX: Duration = Duration::from_secs(10);
 /// How much of what is not merged a query may hold that asks for no room: for most that does.
-const OWN_BYTES: usize = 1 << 20;
+const OWN_BYTES: usize = 256 << 10;
 /// How many times as much room a query asks for when what it had does not do.
 const ROOM_FACTOR: usize = 4;
 /// How many chunks are in memory at once: a few tens of thousands of readings.
@@ -78,6 +78,8 @@ pub struct Reader {
     places: Arc<Semaphore>,
     // Bytes of `query.memory_bytes_max`.
     memory: Arc<Semaphore>,
+    // One of those that need more than their own: until they are decoded, the batches are in memory, too.
+    turn: Arc<Semaphore>,
     slow: SlowQueries,
 }
 
@@ -107,6 +109,7 @@ struct Permits {
     _place: OwnedSemaphorePermit,
     // None: it holds so little that it needs none.
     memory: Option<OwnedSemaphorePermit>,
+    turn: Option<OwnedSemaphorePermit>,
 }
 
 impl Permits {
@@ -116,9 +119,10 @@ impl Permits {
         memory.split(bytes.min(memory.num_permits()))
     }
 
-    /// Gives back all but what stands for some bytes.
+    /// Gives back all but what stands for some bytes that stay in memory.
     fn keep_memory(&mut self, bytes: usize) {
         self.memory = self.split_memory(bytes);
+        self.turn = None;
     }
 }
 
@@ -138,7 +142,7 @@ impl Reader {
     /// Reads from `store`, within the limits of the settings. For which the database works for longer than `slow` is logged; 0: none.
     pub fn new(store: Store, limits: &config::Query, slow: Duration) -> Self {
         let (places, memory) = (Arc::new(Semaphore::new(limits.concurrent_max)), Arc::new(Semaphore::new(limits.memory_bytes_max)));
-        Self { store, limits: limits.clone(), places, memory, slow: SlowQueries::new(slow) }
+        Self { store, limits: limits.clone(), places, memory, turn: Arc::new(Semaphore::new(1)), slow: SlowQueries::new(slow) }
     }
 
     /// Begins to answer a query from all that is stored. Waits for a while when there are as many answers as there may be, or
@@ -148,7 +152,7 @@ impl Reader {
         let overloaded = |setting, limit| Error::Overloaded { setting, limit };
         let place = taken(&self.places, 1, until, overloaded("query.concurrent_max", self.limits.concurrent_max)).await?;
         let mut database = self.slow.begin(&device.id);
-        let mut permits = Permits { _place: place, memory: None };
+        let mut permits = Permits { _place: place, memory: None, turn: None };
         let mut room = OWN_BYTES.min(self.limits.bytes_max);
         let overlay = loop {
             let found;
@@ -159,11 +163,13 @@ impl Reader {
             if room == self.limits.bytes_max {
                 return Err(Error::QueryTooLarge { setting: "query.bytes_max", limit: room }.into());
             }
-            permits.memory = None;
+            permits.keep_memory(0);
             room = room.saturating_mul(ROOM_FACTOR).min(self.limits.bytes_max);
             // One that is larger than all of it takes all of it, and is alone.
             let (bytes, limit) = (room.min(self.limits.memory_bytes_max), self.limits.memory_bytes_max);
-            permits.memory = Some(taken(&self.memory, bytes, until, overloaded("query.memory_bytes_max", limit)).await?);
+            let refusal = || overloaded("query.memory_bytes_max", limit);
+            permits.memory = Some(taken(&self.memory, bytes, until, refusal()).await?);
+            permits.turn = Some(taken(&self.turn, 1, until, refusal()).await?);
         };
         permits.keep_memory(overlay.bytes);
         // After the log: whatever it has is registered.
@@ -368,6 +374,6 @@ mod tests {
         let refused = taken(&memory, 3, until, refusal()).await.expect_err("held");
         assert!(matches!(refused, Error::Overloaded { setting: "query.memory_bytes_max", limit: 10 }));
         drop(held);
-        taken(&memory, 10, until, refusal()).await.expect("free, though it is late");
+        assert_eq!(taken(&memory, 10, until, refusal()).await.expect("free, though it is late").num_permits(), 10);
     }
 }
