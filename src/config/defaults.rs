@@ -98,7 +98,7 @@ impl Default for Config {
                 retention_age: Duration::ZERO,
                 retention_bytes_max: 0,
             },
-            query: Query { readings_max: 5_000_000, bytes_max: 256 * MIB, memory_bytes_max: 16 * MIB, concurrent_max: 8 },
+            query: Query { readings_max: 5_000_000, bytes_max: 256 * MIB, memory_bytes_max: 8 * MIB, concurrent_max: 8 },
             export: Export { concurrent_max: 2 },
             shutdown: Shutdown { notice: Duration::ZERO, grace: Duration::from_secs(25) },
             log: Log {

@@ -42,8 +42,8 @@ const OWN_BYTES: usize = 256 << 10;
 const ROOM_FACTOR: usize = 4;
 /// How many chunks are in memory at once: a few tens of thousands of readings.
 const CHUNKS_PER_READ: usize = 4;
-/// How many readings that are not merged go into one piece at the most: as many as the chunks have.
-const UNMERGED_PER_READ: usize = CHUNKS_PER_READ * READINGS_MAX;
+/// How many readings that are not merged go into one piece at the most: a chunk of them. Each answer that is not read holds one piece.
+const UNMERGED_PER_READ: usize = READINGS_MAX;
 /// How many spans come together in one piece.
 const BUCKETS_PER_PIECE: usize = 8_192;
 
