@@ -102,6 +102,8 @@ pub struct Answer {
     readings: u64,
     database: DatabaseTime,
     permits: Permits,
+    // Of the sensor whose last piece was given.
+    given: Option<OwnedSemaphorePermit>,
 }
 
 /// What a query has while it is worked on.
@@ -132,7 +134,7 @@ struct Current {
     // All before this time was given.
     from: i64,
     unmerged: Series,
-    _memory: Option<OwnedSemaphorePermit>,
+    memory: Option<OwnedSemaphorePermit>,
     // How many of these were given.
     taken: usize,
     buckets: Option<Buckets>,
@@ -177,7 +179,7 @@ impl Reader {
         sensors.retain(|sensor| query.wants_sensor(&sensor.name));
         sensors.sort_by(|a, b| a.name.cmp(&b.name));
         let (store, sensors, unmerged) = (self.store.clone(), sensors.into_iter(), overlay.sensors);
-        Ok(Answer { store, query, sensors, unmerged, current: None, readings: 0, database, permits })
+        Ok(Answer { store, query, sensors, unmerged, current: None, readings: 0, database, permits, given: None })
     }
 
     /// What of a query is not merged; `None` when there is not `room` for it.
@@ -291,6 +293,8 @@ impl Answer {
 
     /// The next piece; never empty. `None` at the end.
     pub async fn next(&mut self) -> Result<Option<Piece>, Failure> {
+        // Who asks for the next piece no longer has the last one.
+        self.given = None;
         loop {
             let Some(mut current) = self.current.take() else {
                 let Some(sensor) = self.sensors.next() else { return Ok(None) };
@@ -298,7 +302,7 @@ impl Answer {
                 let buckets = self.query.bucket.map(Buckets::new);
                 let memory = self.permits.split_memory(unmerged.memory_bytes());
                 let from = self.query.start_time.micros();
-                self.current = Some(Current { sensor, from, unmerged, _memory: memory, taken: 0, buckets });
+                self.current = Some(Current { sensor, from, unmerged, memory, taken: 0, buckets });
                 continue;
             };
             let (readings, more) = current.read(&self.store, &mut self.database, self.query.end_micros()).await?;
@@ -306,6 +310,8 @@ impl Answer {
             let piece = current.piece(readings, more);
             if more {
                 self.current = Some(current);
+            } else {
+                self.given = current.memory;
             }
             if piece.is_some() {
                 return Ok(piece);
