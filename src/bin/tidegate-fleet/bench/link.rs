@@ -112,11 +112,12 @@ impl Links {
         Self { pool, devices: (0..devices).map(link).collect() }
     }
 
-    /// Lets them send for so long, and waits for all acknowledgements. Returns how long it took.
+    /// Connects them, lets them send for so long, and waits for all acknowledgements. Returns how long that took from when all were connected.
     pub async fn run(&mut self, duration: Duration, pace: Pace, measured: &Arc<Measured>) -> anyhow::Result<Duration> {
         let batch_readings = self.pool.shape().readings();
         let mut lines = Vec::with_capacity(self.devices.len());
         let mut readers = JoinSet::new();
+        let (welcome, mut welcomes) = unbounded_channel();
         for link in &self.devices {
             let (due, queue) = unbounded_channel();
             let hello = Some(link.stream.clone());
@@ -128,10 +129,20 @@ impl Links {
                 measured: measured.clone(),
                 batch_readings,
                 refill: matches!(pace, Pace::Max).then(|| line.due.downgrade()),
-                deadline: Instant::now() + duration,
+                welcome: welcome.clone(),
             };
             readers.spawn(reader.run(link.number, link.channel.clone(), body));
             lines.push(line);
+        }
+        // A call that is only beginning is no slow acknowledgement.
+        for _ in &self.devices {
+            tokio::select! {
+                _ = welcomes.recv() => {}
+                Some(ended) = readers.join_next() => {
+                    ended??;
+                    bail!("a call ended before it was welcomed");
+                }
+            }
         }
         let began = Instant::now();
         match pace {
@@ -191,9 +202,10 @@ struct Reader {
     in_flight: Arc<Mutex<VecDeque<Instant>>>,
     measured: Arc<Measured>,
     batch_readings: u64,
-    /// Where the next batch goes for each that is acknowledged.
+    /// Where the next batch goes for each that is acknowledged, as long as there is to be one.
     refill: Option<tokio::sync::mpsc::WeakUnboundedSender<u64>>,
-    deadline: Instant,
+    /// Told when the gateway has welcomed the device.
+    welcome: UnboundedSender<()>,
 }
 
 impl Reader {
@@ -202,7 +214,10 @@ impl Reader {
         while let Some(answer) = answers.message().await? {
             match answer.message {
                 Some(Message::Ack(ack)) if ack.rejected.is_empty() && ack.duplicate_batches == 0 => self.take(ack.last_durable_sequence),
-                Some(Message::Welcome(_) | Message::ConfigUpdate(_)) | None => {}
+                Some(Message::Welcome(_)) => {
+                    let _ = self.welcome.send(());
+                }
+                Some(Message::ConfigUpdate(_)) | None => {}
                 Some(other) => bail!("{}: {other:?}", device_name(number)),
             }
         }
@@ -223,7 +238,7 @@ impl Reader {
                 latencies.saturating_record(now.duration_since(sent).as_micros() as u64);
             }
         }
-        let refill = self.refill.as_ref().filter(|_| now < self.deadline).and_then(|due| due.upgrade());
+        let refill = self.refill.as_ref().and_then(|due| due.upgrade());
         if let Some(due) = refill {
             let first = last_durable_sequence + in_flight.len() as u64 + 1;
             for sequence in first..first + batches {
