@@ -91,7 +91,7 @@ impl Default for Config {
                 operator_calls_per_second: 0,
                 operator_calls_max: 0,
             },
-            live: Live { tail_bytes_max: 16 * MIB, replay_window: Duration::from_secs(3600), replay_bytes_max: 64 * MIB },
+            live: Live { tail_bytes_max: 8 * MIB, replay_window: Duration::from_secs(3600), replay_bytes_max: 64 * MIB },
             history: History {
                 merge_interval: Duration::from_secs(60),
                 unmerged_bytes_max: 64 * MIB,
