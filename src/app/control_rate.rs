@@ -17,8 +17,8 @@ const BYTES_PER_UNIT: u32 = 256;
 /// What a call costs that is begun to be thrown away: much more than a frame, but that happens to clients that mean well.
 const UNITS_PER_RESET: u32 = 4;
 
-/// Metadata of a call that costs nothing: more than it takes to say who calls.
-const FREE_HEADER_BYTES: u32 = 2 << 10;
+/// Metadata of a call that costs nothing: as much as common proxies let through, so that a large token of who calls is among it.
+const FREE_HEADER_BYTES: u32 = 8 << 10;
 
 /// How many control frames a client may answer each DATA frame with: WINDOW_UPDATE for the stream and for the connection,
 /// and the PING with which some measure the bandwidth.
@@ -55,28 +55,32 @@ pub struct Flood;
 pub struct ControlRate {
     // Used since the time was last looked at.
     units: u32,
+    // What answers to DATA may use besides.
+    answers: u32,
     // When nothing would be used any longer, were there no more to come.
     unused_at: Instant,
-    // Since when there was always something used.
-    used_since: Instant,
+    // Since when there was always more than it may send.
+    held_since: Option<Instant>,
     held: Option<Pin<Box<Sleep>>>,
 }
 
 impl ControlRate {
     /// Of which nothing is used.
     pub fn new() -> Self {
-        let now = Instant::now();
-        Self { units: 0, unused_at: now, used_since: now, held: None }
+        Self { units: 0, answers: 0, unused_at: Instant::now(), held_since: None, held: None }
     }
 
-    /// DATA frames were sent, which the client may answer.
-    pub fn allow_answers_to(&mut self, data_frames: u32) {
-        self.units = self.units.saturating_sub(data_frames.saturating_mul(UNITS_PER_DATA_FRAME));
+    /// DATA frames were sent, which the client may answer, now or later; at most as many at once as it may send without any.
+    pub fn allow_answers_to(&mut self, data_frames: u32, limits: &ControlLimits) {
+        let burst = limits.units_per_second_max.saturating_mul(BURST.as_secs() as u32);
+        self.answers = self.answers.saturating_add(data_frames.saturating_mul(UNITS_PER_DATA_FRAME)).min(burst);
     }
 
     /// Uses some of it, be it there or not.
     pub fn take(&mut self, units: u32, limits: &ControlLimits) -> Result<(), Flood> {
-        self.units = self.units.saturating_add(units);
+        let answers = units.min(self.answers);
+        self.answers -= answers;
+        self.units = self.units.saturating_add(units - answers);
         // Asking for the time costs more than all the rest.
         if self.units > limits.units_per_second_max / 16 {
             self.held = self.settle(Instant::now(), limits)?.map(|free_at| Box::pin(sleep_until(free_at)));
@@ -86,15 +90,14 @@ impl ControlRate {
 
     /// Counts what was used until `now`; until when the client is to be held, if it is.
     fn settle(&mut self, now: Instant, limits: &ControlLimits) -> Result<Option<Instant>, Flood> {
-        if self.unused_at <= now {
-            (self.unused_at, self.used_since) = (now, now);
-        }
-        self.unused_at += Duration::from_secs(1) * std::mem::take(&mut self.units) / limits.units_per_second_max;
+        self.unused_at = self.unused_at.max(now) + Duration::from_secs(1) * std::mem::take(&mut self.units) / limits.units_per_second_max;
         let free_at = self.unused_at - BURST;
-        if free_at > now && free_at > self.used_since + limits.held_max {
-            return Err(Flood);
+        if free_at <= now {
+            self.held_since = None;
+            return Ok(None);
         }
-        Ok((free_at > now).then_some(free_at))
+        let held_since = *self.held_since.get_or_insert(now);
+        if now >= held_since + limits.held_max { Err(Flood) } else { Ok(Some(free_at)) }
     }
 
     /// Ready when the client may go on.
@@ -143,6 +146,31 @@ mod tests {
     }
 
     #[test]
+    fn who_was_not_held_before_is_held_first() {
+        let mut rate = ControlRate::new();
+        let mut now = Instant::now();
+        // Always something used, for a minute, but never too much.
+        assert_eq!(send(&mut rate, 2_000, now), Ok(now));
+        for _ in 0..40 {
+            now += Duration::from_millis(1_500);
+            assert_eq!(send(&mut rate, 1_500, now), Ok(now));
+        }
+        assert_eq!(send(&mut rate, 1_000, now), Ok(now + Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn answers_to_data_are_free_though_they_come_later_and_together() {
+        let mut rate = ControlRate::new();
+        for _ in 0..100 {
+            for _ in 0..600 {
+                rate.allow_answers_to(1, &LIMITS);
+            }
+            assert_eq!(rate.take(1_200, &LIMITS), Ok(()));
+        }
+        assert!(rate.units == 0 && rate.held.is_none());
+    }
+
+    #[test]
     fn who_keeps_to_the_rate_may_go_on_for_ever() {
         let mut rate = ControlRate::new();
         let mut now = Instant::now();
@@ -167,7 +195,7 @@ mod tests {
         let frame = |kind, payload_bytes, flags| units_of(FrameHeader { kind, payload_bytes, flags, stream: 1 });
         assert_eq!((frame(FrameHeader::DATA, 16_384, 0), frame(FrameHeader::DATA, 0, FrameHeader::END_STREAM)), (0, 0));
         assert_eq!(frame(FrameHeader::DATA, 0, 0), 1);
-        assert_eq!((frame(FrameHeader::HEADERS, 700, 0), frame(FrameHeader::HEADERS, 16_384, 0)), (0, 56));
+        assert_eq!((frame(FrameHeader::HEADERS, 5_000, 0), frame(FrameHeader::HEADERS, 16_384, 0)), (0, 32));
         assert_eq!(frame(FrameHeader::RST_STREAM, 4, 0), 4);
         // PING, and a CONTINUATION.
         assert_eq!((frame(6, 8, 0), frame(9, 2_560, 0)), (1, 11));

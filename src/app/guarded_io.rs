@@ -103,7 +103,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
             count -= sent.len();
             self.outbound.feed(sent, |frame| data_frames += u32::from(frame.kind == FrameHeader::DATA));
         }
-        self.control.allow_answers_to(data_frames);
+        self.control.allow_answers_to(data_frames, &self.limits.control);
     }
 
     /// Tells the client why its connection ends, if there is room for it: who floods and does not read is not waited for.

@@ -182,8 +182,8 @@ impl Server {
         let io_limits = IoLimits {
             control: ControlLimits {
                 units_per_second_max: config.control_frames_per_second_max,
-                // Behind a flood that is held back waits the answer to keepalive, too, which must not end it without a word.
-                held_max: FLOOD_HELD_MAX.min(config.keepalive_timeout),
+                // Behind a flood that is held back wait the answer to keepalive, and the room for what it reads, which must not end it without a word.
+                held_max: FLOOD_HELD_MAX.min(config.keepalive_timeout).min(config.unread_timeout),
             },
             unread_timeout: config.unread_timeout,
             flooding: ended(metrics, "flood"),

@@ -240,7 +240,7 @@ pub static SETTINGS: &[Setting] = &[
     setting(
         "grpc.control_frames_per_second_max",
         Allowed::Count(1..=1_000_000),
-        "How many HTTP/2 frames that carry nothing (PING, SETTINGS …) a client may send a second on one connection, beside those that answer what it is sent; RST_STREAM counts as four, and metadata beyond 2 KiB a call as one for each 256 bytes. Twice as many may come at once; a client that sends more is not read from until the rate is free again, and gets ENHANCE_YOUR_CALM when that has gone on for 10 s (or grpc.keepalive_timeout, if that is less).",
+        "How many HTTP/2 frames that carry nothing (PING, SETTINGS …) a client may send a second on one connection, beside those that answer what it is sent; RST_STREAM counts as four, and metadata beyond 8 KiB a call as one for each 256 bytes. Twice as many may come at once; a client that sends more is not read from until the rate is free again, and gets ENHANCE_YOUR_CALM when that has gone on for 10 s (or grpc.keepalive_timeout or grpc.unread_timeout, if that is less).",
     ),
     setting(
         "tls.certificate_file",

@@ -148,14 +148,19 @@ impl DeviceClock {
 }
 
 impl Known {
-    fn offset(&self) -> Option<ClockOffset> {
-        let bound = self.window.as_ref().map(|window| ClockOffset {
+    /// What readings tell.
+    fn bound(&self) -> Option<ClockOffset> {
+        self.window.as_ref().map(|window| ClockOffset {
             micros: self.before.map_or(window.lead, |before| before.max(window.lead)),
             uncertainty_micros: None,
             time: window.last,
-        });
+        })
+    }
+
+    fn offset(&self) -> Option<ClockOffset> {
+        let bound = self.bound();
         match (self.measured, bound) {
-            // The clock was set since.
+            // The clock was set since, or goes too fast.
             (Some(measured), Some(bound)) if bound.micros > measured.highest() => Some(bound),
             (Some(measured), _) => Some(measured),
             (None, bound) => bound,
@@ -174,6 +179,13 @@ impl Known {
                 *window = Some(Window { began: now, last: now, lead });
             }
         }
+    }
+
+    /// Forgets the measurement when readings contradict it by more than a clock may be off: then it was set since. By less, it goes too fast.
+    fn forget_refuted(&mut self, max: Duration) {
+        let max = i64::try_from(max.as_micros()).unwrap_or(i64::MAX);
+        let bound = self.bound();
+        self.measured = self.measured.filter(|measured| bound.is_none_or(|bound| bound.micros <= measured.highest().saturating_add(max)));
     }
 
     /// A measurement says more than all readings before it.
@@ -210,14 +222,15 @@ impl ClockWatch {
     fn note(self, device: &Device, learn: impl FnOnce(&mut Known)) {
         let mut known = device.clock.known.lock();
         learn(&mut known);
+        known.forget_refuted(self.offset_max);
         let Some(offset) = known.offset() else { return };
         let (before, now) = (known.standing, offset.standing(self.offset_max));
         known.standing = now;
         // Under the lock: of two that tell at once, the later one decides.
         let corrected_before = device.clock.correction();
-        let corrected = match self.correction {
-            ClockCorrection::Off => 0,
-            ClockCorrection::Measured => offset.correction(corrected_before, self.offset_max),
+        let corrected = match (self.correction, known.measured) {
+            (ClockCorrection::Measured, Some(measured)) => measured.correction(corrected_before, self.offset_max),
+            _ => 0,
         };
         device.clock.correction.store(corrected, Ordering::Relaxed);
         drop(known);
@@ -339,6 +352,20 @@ mod tests {
         assert_eq!(correction(0, 500, -3600 * SECOND), 0, "the clock is right again");
         assert_eq!(correction(60 * SECOND, 500, 0), 0, "not off for certain");
         assert_eq!(ClockOffset { micros: 3600 * SECOND, uncertainty_micros: None, time: at(0) }.correction(0, max), 0, "a bound alone");
+    }
+
+    #[test]
+    fn a_measurement_is_forgotten_when_readings_show_that_the_clock_was_set() {
+        let (mut known, max) = (Known::default(), Duration::from_secs(60));
+        let measured = ClockOffset { micros: -3600 * SECOND, uncertainty_micros: Some(10), time: at(1) };
+        known.measure(measured);
+        known.see(-3550 * SECOND, at(2));
+        known.forget_refuted(max);
+        assert_eq!(known.measured, Some(measured), "it goes too fast");
+        known.see(-SECOND, at(3));
+        known.forget_refuted(max);
+        known.see(-7200 * SECOND, at(9000 * SECOND));
+        assert_eq!(known.offset().map(|offset| (offset.micros, offset.uncertainty_micros)), Some((-7200 * SECOND, None)));
     }
 
     #[test]

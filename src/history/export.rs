@@ -249,7 +249,9 @@ impl Export {
             }
         }
         let query = Query { sensors, start_time: span.start, end_time: span.end, bucket: None };
-        match self.reader.read(&current.device, query).await {
+        // One that a client takes its time with must leave room for queries, unless it can't be made smaller.
+        let reader = if span.halves().is_some() && current.from.is_none() { self.reader.sparing() } else { self.reader.clone() };
+        match reader.read(&current.device, query).await {
             // Of some sensors all of it has been exported, which no place in a half of it could say. What makes it too large
             // now is not merged yet, and will be.
             Err(Failure::Refused(Error::QueryTooLarge { setting, limit })) if current.from.is_some() => {

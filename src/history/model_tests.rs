@@ -20,7 +20,7 @@ use std::{
     pin::pin,
     sync::Arc,
     task::Poll,
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tempfile::TempDir;
 use tokio::{task::JoinHandle, time::timeout};
@@ -242,10 +242,10 @@ async fn check(steps: Vec<Step>, storage: &Storage) {
                 running.leads().await;
                 cut_off(polls, running.merger.pass(Haste { rest: 0.0 })).await;
             }
-            Step::Prune => running.upkeep.prune(Haste { rest: 0.0 }).await.expect("pruned"),
+            Step::Prune => running.upkeep.prune().await.expect("pruned"),
             Step::Expire(before) => {
                 model.expired = model.expired.max(before);
-                running.upkeep.expire_before(before, Haste { rest: 0.0 }).await.expect("deleted");
+                running.upkeep.expire_before(before, Instant::now() + Duration::from_secs(60)).await.expect("deleted");
             }
             Step::Restart => {
                 running.close().await;

@@ -147,6 +147,12 @@ impl Reader {
         Self { store, limits: limits.clone(), places, memory, turn: Arc::new(Semaphore::new(1)), slow: SlowQueries::new(slow) }
     }
 
+    /// The same, for answers of which each may hold a quarter of what all may together.
+    pub fn sparing(&self) -> Self {
+        let bytes_max = self.limits.bytes_max.min(self.limits.memory_bytes_max / 4);
+        Self { limits: config::Query { bytes_max, ..self.limits.clone() }, ..self.clone() }
+    }
+
     /// Begins to answer a query from all that is stored. Waits for a while when there are as many answers as there may be, or
     /// they hold as much as they may.
     pub async fn read(&self, device: &Device, query: Query) -> Result<Answer, Failure> {

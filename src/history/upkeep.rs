@@ -33,6 +33,8 @@ const REST: f64 = 9.0;
 const BACKLOG_HURRIED: f64 = 4.0;
 /// At so many times there is no rest.
 const BACKLOG_RESTLESS: f64 = 64.0;
+/// How long deleting may keep merging waiting that has much to do.
+const DELETING_MAX: Duration = Duration::from_secs(10);
 /// How much free space the database keeps for what is written next: an eighth of what is used, and at least this.
 const FREE_BYTES_KEPT: u64 = 16 << 20;
 
@@ -84,7 +86,7 @@ impl Upkeep {
             if stop.run_until_cancelled(ticks.tick()).await.is_none() {
                 return;
             }
-            if last_round.elapsed() < self.history.merge_interval && self.backlog_bytes() < self.history.unmerged_bytes_max as u64 {
+            if last_round.elapsed() < self.history.merge_interval && !self.has_much_to_merge() {
                 continue;
             }
             last_round = Instant::now();
@@ -101,28 +103,42 @@ impl Upkeep {
 
     /// Merges all that waits, prunes and deletes.
     pub async fn round(&mut self) -> Result<(), StoreError> {
-        let mut before = self.tail.appended_bytes();
-        if self.store.lead_upkeep().await? {
-            while let Some(Merged { after, through, rows }) = self.merger.pass(self.haste()).await? {
-                let new = rows.iter().filter(|row| row.position > self.started_behind);
-                self.merged_bytes += new.map(|row| row.bytes as u64).sum::<u64>();
-                self.replay.extend(&self.store, after).await?;
-                self.replay.add(&rows, through);
-                self.prune(self.haste()).await?;
-                self.show_backlog().await?;
-                before = self.tail.appended_bytes();
-            }
-            self.prune(self.haste()).await?;
-            self.expire(self.haste()).await?;
+        let appended = self.tail.appended_bytes();
+        if !self.store.lead_upkeep().await? {
+            // Another gateway does it.
+            self.merged_bytes = appended;
+            return Ok(());
         }
-        // All that had come in is merged, be it by another gateway.
-        self.merged_bytes = before;
-        Ok(())
+        // What comes in meanwhile is for the next round: as long as devices send there would always be more.
+        let end = self.store.last_position().await?;
+        loop {
+            let appended = self.tail.appended_bytes();
+            let Some(Merged { after, through, rows }) = self.merger.pass(self.haste()).await? else {
+                self.merged_bytes = appended;
+                break;
+            };
+            let new = rows.iter().filter(|row| row.position > self.started_behind);
+            self.merged_bytes += new.map(|row| row.bytes as u64).sum::<u64>();
+            self.replay.extend(&self.store, after).await?;
+            self.replay.add(&rows, through);
+            self.prune().await?;
+            self.show_backlog().await?;
+            if through >= end {
+                break;
+            }
+        }
+        self.prune().await?;
+        self.expire().await
     }
 
     /// About how many bytes of batches wait to be merged.
     fn backlog_bytes(&self) -> u64 {
         self.tail.appended_bytes().saturating_sub(self.merged_bytes)
+    }
+
+    /// Whether it is time for a round, though the interval is not over.
+    fn has_much_to_merge(&self) -> bool {
+        self.backlog_bytes() >= self.history.unmerged_bytes_max as u64
     }
 
     /// When much waits the rests are shorter.
@@ -138,7 +154,7 @@ impl Upkeep {
     }
 
     /// Deletes what of the log is merged and no longer kept for followers.
-    pub async fn prune(&mut self, haste: Haste) -> Result<(), StoreError> {
+    pub async fn prune(&mut self) -> Result<(), StoreError> {
         let merged = self.store.merged_position().await?;
         self.replay.extend(&self.store, merged).await?;
         let mut saved = self.store.latest_position().await?;
@@ -146,43 +162,54 @@ impl Upkeep {
             // A start reads the latest values from the log behind those that are saved.
             if through > saved {
                 let (latest, store) = (self.latest.clone(), self.store.clone());
-                haste.write_with(async move { latest.save(&store).await }).await?;
+                self.haste().write_with(async move { latest.save(&store).await }).await?;
                 saved = self.store.latest_position().await?;
             }
             if through > saved {
                 break;
             }
-            let pruned = haste.write(&self.store, move |tx| Box::pin(tx.prune_log(through))).await?;
+            let pruned = self.haste().write(&self.store, move |tx| Box::pin(tx.prune_log(through))).await?;
             self.merger.metrics.pruned_entries.increment(pruned);
             self.replay.forget_first();
         }
         Ok(())
     }
 
-    /// Deletes what is too old, and of the oldest what is too much; gives back the space.
-    pub async fn expire(&self, haste: Haste) -> Result<(), StoreError> {
+    /// Deletes what is too old, and of the oldest what is too much; gives back the space. When that takes long and much is to be merged, the
+    /// rest is for the next round.
+    pub async fn expire(&self) -> Result<(), StoreError> {
+        let until = Instant::now() + DELETING_MAX;
         let age = self.history.retention_age;
         if !age.is_zero() {
-            self.expire_before(Timestamp::now().saturating_sub(age).micros(), haste).await?;
+            self.expire_before(Timestamp::now().saturating_sub(age).micros(), until).await?;
         }
         let bytes_max = self.history.retention_bytes_max;
-        while bytes_max > 0 && self.store.used_bytes().await? > bytes_max && self.delete_oldest(None, haste).await? > 0 {}
+        while bytes_max > 0 && self.store.used_bytes().await? > bytes_max && self.delete_oldest(None, until).await? > 0 {}
         let kept = FREE_BYTES_KEPT.max(self.store.used_bytes().await? / 8);
-        loop {
+        while self.may_go_on(until) {
             let store = self.store.clone();
-            if !haste.write_with(async move { store.release_space(kept).await }).await? {
-                return Ok(());
+            if !self.haste().write_with(async move { store.release_space(kept).await }).await? {
+                break;
             }
         }
-    }
-
-    pub(super) async fn expire_before(&self, time: i64, haste: Haste) -> Result<(), StoreError> {
-        while self.delete_oldest(Some(time), haste).await? > 0 {}
         Ok(())
     }
 
-    async fn delete_oldest(&self, before: Option<i64>, haste: Haste) -> Result<u64, StoreError> {
-        let deleted = haste.write(&self.store, move |tx| Box::pin(tx.delete_oldest_chunks(before, CHUNKS_PER_TRANSACTION))).await?;
+    pub(super) async fn expire_before(&self, time: i64, until: Instant) -> Result<(), StoreError> {
+        while self.delete_oldest(Some(time), until).await? > 0 {}
+        Ok(())
+    }
+
+    fn may_go_on(&self, until: Instant) -> bool {
+        Instant::now() < until || !self.has_much_to_merge()
+    }
+
+    /// Deletes some of the oldest chunks, if it may go on; how many.
+    async fn delete_oldest(&self, before: Option<i64>, until: Instant) -> Result<u64, StoreError> {
+        if !self.may_go_on(until) {
+            return Ok(0);
+        }
+        let deleted = self.haste().write(&self.store, move |tx| Box::pin(tx.delete_oldest_chunks(before, CHUNKS_PER_TRANSACTION))).await?;
         self.merger.metrics.expired_readings.increment(deleted.readings);
         Ok(deleted.batches)
     }

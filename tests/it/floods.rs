@@ -63,6 +63,7 @@ async fn a_burst_is_held_back_and_nothing_of_it_is_lost() {
     let gateway = TestGateway::start_with(|config| config.grpc.control_frames_per_second_max = PINGS as u32 / 4).await;
     let mut connection = open(gateway.grpc).await;
     let burst = [ping().repeat(PINGS), whole_call(1, FOLLOW, b"")].concat();
+    let began = Instant::now();
     let answers = async {
         let (mut pongs, mut answered) = (0, false);
         while pongs < PINGS || !answered {
@@ -76,6 +77,8 @@ async fn a_burst_is_held_back_and_nothing_of_it_is_lost() {
     };
     let (written, ()) = tokio::join!(connection.write.write_all(&burst), soon("all is answered", answers));
     written.expect("it reads");
+    // Two seconds' worth are free.
+    assert!(began.elapsed() > Duration::from_millis(1_500), "it was not held back");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -69,8 +69,12 @@ impl SqliteStore {
         let mut writer = SqliteConnection::connect_with(&options).await?;
         enable_incremental_vacuum(&mut writer).await?;
         migrate_on(&mut writer).await?.log();
+        // All at once, and for good: the thread of a connection that is made later gives way to others if the one does that makes it.
         let readers = SqlitePoolOptions::new()
+            .min_connections(settings.readers)
             .max_connections(settings.readers)
+            .idle_timeout(None)
+            .max_lifetime(None)
             .acquire_timeout(Duration::from_secs(30))
             .connect_with(options.clone().create_if_missing(false).read_only(true).pragma("cache_size", READER_CACHE_KIB))
             .await?;
