@@ -18,7 +18,8 @@ const COUNTED_MAX: Duration = Duration::from_secs(1);
 /// How fast to go.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Haste {
-    /// How many seconds to rest for each that a transaction is open.
+    /// How many seconds to rest for each that a transaction is open, or had to wait for the one before it: who need not wait long is in
+    /// nobody's way.
     pub rest: f64,
 }
 
@@ -31,11 +32,13 @@ impl Haste {
     ) -> Result<T, StoreError> {
         let store = store.clone();
         let written = promptly(async move {
+            let asked = Instant::now();
             let mut tx = store.begin().await?;
+            let waited = asked.elapsed();
             let began = Instant::now();
             let done = work(&mut tx).await?;
             tx.commit().await?;
-            Ok((done, began.elapsed()))
+            Ok((done, began.elapsed().min(waited)))
         });
         self.rest_from(written.await?).await
     }
@@ -50,8 +53,8 @@ impl Haste {
         self.rest_from((done, began.elapsed())).await
     }
 
-    async fn rest_from<T>(self, (done, open): (T, Duration)) -> Result<T, StoreError> {
-        match open.min(COUNTED_MAX).mul_f64(self.rest) {
+    async fn rest_from<T>(self, (done, counted): (T, Duration)) -> Result<T, StoreError> {
+        match counted.min(COUNTED_MAX).mul_f64(self.rest) {
             Duration::ZERO => tokio::task::yield_now().await,
             rest => tokio::time::sleep(rest).await,
         }

@@ -27,7 +27,7 @@ const SLICE_ROWS: usize = 2_000;
 const ROWS_PER_READ: usize = 10_000;
 /// How many chunks one transaction deletes at the most.
 const CHUNKS_PER_TRANSACTION: usize = 64;
-/// How many seconds to rest for each that a transaction is open: a tenth of the way into the store is the background's.
+/// How many seconds to rest for each that a transaction is open: of a way into the store that is busy the background has a tenth.
 const REST: f64 = 9.0;
 /// From so many times `history.unmerged_bytes_max` on that is less, as queries read all of it.
 const BACKLOG_HURRIED: f64 = 4.0;
