@@ -96,8 +96,9 @@ impl ControlRate {
             self.held_since = None;
             return Ok(None);
         }
-        let held_since = *self.held_since.get_or_insert(now);
-        if now >= held_since + limits.held_max { Err(Flood) } else { Ok(Some(free_at)) }
+        let held_until = *self.held_since.get_or_insert(now) + limits.held_max;
+        // No longer than that, however much it has sent at once: keepalive must not end it without a word.
+        if now >= held_until { Err(Flood) } else { Ok(Some(free_at.min(held_until))) }
     }
 
     /// Ready when the client may go on.
@@ -156,6 +157,16 @@ mod tests {
             assert_eq!(send(&mut rate, 1_500, now), Ok(now));
         }
         assert_eq!(send(&mut rate, 1_000, now), Ok(now + Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn who_sends_far_too_much_at_once_is_held_no_longer_than_others() {
+        let mut rate = ControlRate::new();
+        let begin = Instant::now();
+        rate.units = 1_000_000;
+        assert_eq!(rate.settle(begin, &LIMITS), Ok(Some(begin + LIMITS.held_max)));
+        rate.units = 1;
+        assert_eq!(rate.settle(begin + LIMITS.held_max, &LIMITS), Err(Flood));
     }
 
     #[test]

@@ -43,7 +43,7 @@ impl Haste {
         self.rest_from(written.await?).await
     }
 
-    /// Does what makes transactions of its own, and rests from all of it, the time included that it waited for the writer.
+    /// Does what makes a transaction of its own, and rests from all of it, the time included that it waited for the writer.
     pub async fn write_with<T: Send + 'static>(
         self,
         work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
@@ -64,7 +64,7 @@ impl Haste {
 
 /// Does what writes on a thread of its own that does not give way to others: on a busy machine each of its steps would wait for its turn,
 /// and the writer, and with it every device, for all of them. When the caller goes away the work ends, too.
-async fn promptly<T: Send + 'static>(work: impl Future<Output = Result<T, StoreError>> + Send + 'static) -> Result<T, StoreError> {
+pub async fn promptly<T: Send + 'static>(work: impl Future<Output = Result<T, StoreError>> + Send + 'static) -> Result<T, StoreError> {
     let (runtime, stop) = (Handle::current(), CancellationToken::new());
     let stopped = stop.clone();
     let _stop = stop.drop_guard();

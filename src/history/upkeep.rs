@@ -2,7 +2,7 @@
 
 use super::{
     merger::{Merged, Merger},
-    pace::Haste,
+    pace::{Haste, promptly},
 };
 use crate::{
     config::{Config, History},
@@ -162,7 +162,8 @@ impl Upkeep {
             // A start reads the latest values from the log behind those that are saved.
             if through > saved {
                 let (latest, store) = (self.latest.clone(), self.store.clone());
-                self.haste().write_with(async move { latest.save(&store).await }).await?;
+                // Not rested from: it is many small transactions, done every few seconds anyway.
+                promptly(async move { latest.save(&store).await }).await?;
                 saved = self.store.latest_position().await?;
             }
             if through > saved {

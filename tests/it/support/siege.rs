@@ -107,15 +107,12 @@ impl Siege {
                 }
             };
             runtime.block_on(async {
-                let all = futures_util::future::join_all((0..ATTACKERS).map(|_| attacker()));
-                let given_up = async {
-                    stop.cancelled().await;
-                    tokio::time::sleep(PATIENCE).await;
-                };
+                let mut all = std::pin::pin!(futures_util::future::join_all((0..ATTACKERS).map(|_| attacker())));
                 tokio::select! {
-                    _ = all => {}
-                    () = given_up => panic!("the attackers' connections are not ended"),
+                    _ = &mut all => return,
+                    () = stop.cancelled() => {}
                 }
+                tokio::time::timeout(PATIENCE, all).await.expect("the attackers' connections are ended");
             });
         })
     }
