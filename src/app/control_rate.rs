@@ -101,6 +101,14 @@ impl ControlRate {
         if now >= held_until { Err(Flood) } else { Ok(Some(free_at.min(held_until))) }
     }
 
+    /// Holds the client for at least so long, which says nothing against it.
+    pub fn hold_for(&mut self, duration: Duration) {
+        let until = Instant::now() + duration;
+        if self.held.as_ref().is_none_or(|held| held.deadline() < until) {
+            self.held = Some(Box::pin(sleep_until(until)));
+        }
+    }
+
     /// Ready when the client may go on.
     pub fn poll_free(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if let Some(held) = &mut self.held {
