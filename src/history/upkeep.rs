@@ -22,8 +22,8 @@ use tokio_util::sync::CancellationToken;
 /// How often to look whether there is something to do.
 const TICK: Duration = Duration::from_millis(250);
 /// What one transaction deletes of the log at the most.
-const SLICE_BYTES: usize = 1 << 20;
-const SLICE_ROWS: usize = 2_000;
+const SLICE_BYTES: usize = 512 << 10;
+const SLICE_ROWS: usize = 1_000;
 const ROWS_PER_READ: usize = 10_000;
 /// How many chunks one transaction deletes at the most.
 const CHUNKS_PER_TRANSACTION: usize = 64;

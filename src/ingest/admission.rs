@@ -2,11 +2,12 @@
 //!
 //! A device that comes back from an outage sends all that it has kept, as fast as it can. Were it admitted like the others, what it
 //! sends would stand in front of what they have just measured. So it has a narrow lane of its own: as long as the newest reading
-//! of what a call sends is old, only so many bytes of all such calls are on their way at once. They take turns, in the order in which
-//! they ask, and so do they with live calls where all bytes are taken; nobody starves, and the order within a stream is that of its call.
+//! of what a call sends is old, it goes on only in its turn. One device has its turn at a time, in the order in which they ask, and sends
+//! on what it has in one run: a few large runs are less in the way of live readings than many small ones, of which each wakes a task,
+//! a connection and a client. Nobody starves, and the order within a stream is that of its call.
 //!
-//! A narrow lane alone is not enough where the processors are what is scarce: as soon as a commit ends, the next bytes would come in. So
-//! beside live calls the lane rests: what was given out comes back only after some more of the time for which it was held, and
+//! A narrow lane alone is not enough where the processors are what is scarce: as soon as a commit ends, the next turn would begin. So
+//! beside live calls the lane rests: the next turn begins only after as long again as the last one took, and
 //! the processors and the disk belong to live readings meanwhile.
 
 use super::run::Run;
@@ -18,17 +19,15 @@ use crate::{
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// What a waiting batch costs besides its bytes.
-const BATCH_OVERHEAD_BYTES: usize = 1024;
-/// How much longer than it was held a part of the backlog's lane rests.
-const REST_FACTOR: u32 = 2;
-/// How long it rests at the most: after a commit that took long for a reason of its own, a backlog need not stand still.
+const BATCH_OVERHEAD_BYTES: usize = 1 << 10;
+/// How long the backlog's lane rests behind a turn at the most: after a commit that took long for a reason of its own, a backlog need not stand still.
 const REST_MAX: Duration = Duration::from_millis(100);
 /// How long after the last live batch the lane still rests.
 const LIVE_FOR: Duration = Duration::from_secs(1);
@@ -47,20 +46,19 @@ pub enum Lane {
 #[derive(Clone)]
 pub(super) struct Admission {
     all: Budget,
-    backlog: Budget,
+    backlog: Turns,
     backlog_age: Duration,
-    live: LastLive,
 }
 
 /// What is held from admission to commit.
 pub(super) struct Permit {
     all: OwnedSemaphorePermit,
-    backlog: Option<LanePart>,
+    turn: Option<Turn>,
 }
 
 impl Permit {
     pub fn lane(&self) -> Lane {
-        if self.backlog.is_some() { Lane::Backlog } else { Lane::Live }
+        if self.turn.is_some() { Lane::Backlog } else { Lane::Live }
     }
 }
 
@@ -91,34 +89,60 @@ impl LastLive {
     }
 }
 
-/// A part of the backlog's lane, which rests before it comes back when live batches come in.
-struct LanePart {
-    bytes: Option<OwnedSemaphorePermit>,
-    since: Instant,
+/// The lane of backlogs. Cheap to clone.
+#[derive(Clone)]
+struct Turns {
+    free: Arc<Semaphore>,
+    /// How many bytes one may take.
+    bytes_max: usize,
+    // Of the turn that somebody has.
+    bytes: Arc<AtomicUsize>,
     live: LastLive,
 }
 
-impl LanePart {
-    fn merge(&mut self, more: OwnedSemaphorePermit) {
-        match &mut self.bytes {
-            Some(bytes) => bytes.merge(more),
-            none => *none = Some(more),
-        }
+/// The turn of a device with a backlog; the lane rests behind it when live batches come in.
+struct Turn {
+    taken: Option<OwnedSemaphorePermit>,
+    lane: Turns,
+    since: Instant,
+}
+
+impl Turns {
+    fn new(bytes_max: usize) -> Self {
+        Self { free: Arc::new(Semaphore::new(1)), bytes_max, bytes: Arc::default(), live: LastLive::new() }
+    }
+
+    async fn take(&self, bytes: usize) -> Result<Turn, Error> {
+        let taken = self.free.clone().acquire_owned().await.map_err(|_| Error::Draining)?;
+        self.bytes.store(bytes + BATCH_OVERHEAD_BYTES, Relaxed);
+        Ok(Turn { taken: Some(taken), lane: self.clone(), since: Instant::now() })
     }
 }
 
-impl Drop for LanePart {
+impl Turn {
+    /// Takes a further batch in the same turn, if that is not too much for one.
+    fn extend(&self, bytes: usize) -> bool {
+        let all = self.lane.bytes.load(Relaxed) + bytes + BATCH_OVERHEAD_BYTES;
+        let room = all <= self.lane.bytes_max;
+        if room {
+            self.lane.bytes.store(all, Relaxed);
+        }
+        room
+    }
+}
+
+impl Drop for Turn {
     fn drop(&mut self) {
-        let Some(bytes) = self.bytes.take() else { return };
-        if !self.live.is_recent() {
+        self.lane.bytes.store(0, Relaxed);
+        if !self.lane.live.is_recent() {
             return;
         }
         // Without a runtime the gateway is at its end, and nobody waits.
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        let rest = (self.since.elapsed() * REST_FACTOR).min(REST_MAX);
+        let (Some(taken), Ok(runtime)) = (self.taken.take(), tokio::runtime::Handle::try_current()) else { return };
+        let rest = self.since.elapsed().min(REST_MAX);
         runtime.spawn(async move {
             tokio::time::sleep(rest).await;
-            drop(bytes);
+            drop(taken);
         });
     }
 }
@@ -151,35 +175,26 @@ impl Budget {
 
 impl Admission {
     pub fn new(settings: &config::Ingest) -> Self {
-        let backlog = Budget::new(settings.backlog_bytes_max);
-        Self { all: Budget::new(settings.pending_bytes_max), backlog, backlog_age: settings.backlog_age, live: LastLive::new() }
+        let config::Ingest { pending_bytes_max, backlog_bytes_max, backlog_age, .. } = *settings;
+        Self { all: Budget::new(pending_bytes_max), backlog: Turns::new(backlog_bytes_max), backlog_age }
     }
 
     /// Admits a batch; waits while too many bytes are on their way already.
     pub async fn admit(&self, lane: Lane, bytes: usize) -> Result<Permit, Error> {
-        let backlog = match lane {
+        let turn = match lane {
             Lane::Live => None,
-            Lane::Backlog => {
-                Some(LanePart { bytes: Some(self.backlog.take(bytes).await?), since: Instant::now(), live: self.live.clone() })
-            }
+            Lane::Backlog => Some(self.backlog.take(bytes).await?),
         };
-        Ok(Permit { all: self.all.take(bytes).await?, backlog })
+        Ok(Permit { all: self.all.take(bytes).await?, turn })
     }
 
     /// Admits a further batch, if that is possible without waiting.
     pub fn admit_with(&self, permit: &mut Permit, bytes: usize) -> bool {
-        let backlog = match &permit.backlog {
-            None => None,
-            Some(_) => match self.backlog.take_now(bytes) {
-                None => return false,
-                taken => taken,
-            },
-        };
-        let Some(all) = self.all.take_now(bytes) else { return false };
-        permit.all.merge(all);
-        if let (Some(held), Some(more)) = (&mut permit.backlog, backlog) {
-            held.merge(more);
+        if permit.turn.as_ref().is_some_and(|turn| !turn.extend(bytes)) {
+            return false;
         }
+        let Some(more) = self.all.take_now(bytes) else { return false };
+        permit.all.merge(more);
         true
     }
 
@@ -188,7 +203,7 @@ impl Admission {
         match run.newest_time() {
             Some(newest) if newest.saturating_add(self.backlog_age) < run.receive_time => Lane::Backlog,
             Some(_) => {
-                self.live.see();
+                self.backlog.live.see();
                 Lane::Live
             }
             // Nothing of it can be stored, which says nothing about what comes next.
@@ -198,12 +213,11 @@ impl Admission {
 
     /// Shows at each scrape how many bytes are on their way.
     pub fn show(&self, metrics: &Metrics) {
-        for (budget, name) in [(&self.all, names::PENDING_BYTES), (&self.backlog, names::BACKLOG_PENDING_BYTES)] {
-            let gauge = metrics.gauge(name, &[]);
-            // Not the handle to the writer itself: that would keep it from ending.
-            let Budget { free, bytes_max } = budget.clone();
-            metrics.on_scrape(move || gauge.set((bytes_max - free.available_permits()) as f64));
-        }
+        // Not the handle to the writer itself: that would keep it from ending.
+        let (pending, Budget { free, bytes_max }) = (metrics.gauge(names::PENDING_BYTES, &[]), self.all.clone());
+        metrics.on_scrape(move || pending.set((bytes_max - free.available_permits()) as f64));
+        let (pending, bytes) = (metrics.gauge(names::BACKLOG_PENDING_BYTES, &[]), self.backlog.bytes.clone());
+        metrics.on_scrape(move || pending.set(bytes.load(Relaxed) as f64));
     }
 }
 
@@ -218,11 +232,13 @@ mod tests {
     }
 
     #[test]
-    fn a_backlog_leaves_the_room_beyond_its_lane_to_others() {
+    fn a_backlog_leaves_the_room_beyond_its_turn_to_others() {
         let admission = admission();
         let admit = |lane| admission.admit(lane, 7 << 10).now_or_never().map(|permit| permit.expect("open"));
-        let backlog = [admit(Lane::Backlog).expect("room"), admit(Lane::Backlog).expect("room")];
-        assert!(admit(Lane::Backlog).is_none(), "its lane is full");
+        let mut backlog = admit(Lane::Backlog).expect("room");
+        assert!(admission.admit_with(&mut backlog, 7 << 10));
+        assert!(!admission.admit_with(&mut backlog, 7 << 10), "that is too much for a turn");
+        assert!(admit(Lane::Backlog).is_none(), "one at a time");
         let live: Vec<_> = std::iter::from_fn(|| admit(Lane::Live)).collect();
         assert_eq!(live.len(), 6, "live batches have all that is left");
         drop(backlog);
@@ -230,26 +246,36 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn who_asked_first_has_the_next_turn() {
+        let admission = admission();
+        let turn = || Box::pin(admission.admit(Lane::Backlog, 1 << 10));
+        let (now, mut first, mut second) = (turn().await.expect("open"), turn(), turn());
+        assert!((&mut first).now_or_never().is_none() && (&mut second).now_or_never().is_none());
+        drop(now);
+        assert!((&mut second).now_or_never().is_none());
+        drop(first.await.expect("open"));
+        second.await.expect("open");
+    }
+
+    #[tokio::test]
     async fn beside_live_batches_the_lane_rests() {
         let admission = admission();
-        let all_of_it = || admission.admit(Lane::Backlog, 16 << 10);
-        drop(all_of_it().await.expect("open"));
-        drop(all_of_it().now_or_never().expect("nobody else sends: it comes back at once"));
-        admission.live.see();
-        drop(all_of_it().await.expect("open"));
-        assert!(all_of_it().now_or_never().is_none(), "it rests");
-        all_of_it().await.expect("it comes back");
+        let turn = || admission.admit(Lane::Backlog, 1 << 10);
+        drop(turn().await.expect("open"));
+        drop(turn().now_or_never().expect("nobody else sends: the next one has its turn at once"));
+        admission.backlog.live.see();
+        drop(turn().await.expect("open"));
+        assert!(turn().now_or_never().is_none(), "it rests");
+        turn().await.expect("it goes on");
     }
 
     #[test]
-    fn a_run_grows_only_by_what_both_budgets_have() {
+    fn a_run_grows_only_by_what_is_left_of_all() {
         let admission = admission();
-        let mut permit = admission.admit(Lane::Backlog, 7 << 10).now_or_never().expect("room").expect("open");
-        assert!(admission.admit_with(&mut permit, 7 << 10));
-        assert!(!admission.admit_with(&mut permit, 7 << 10));
         let mut live = admission.admit(Lane::Live, 31 << 10).now_or_never().expect("room").expect("open");
+        let backlog = admission.admit(Lane::Backlog, 7 << 10).now_or_never().expect("room").expect("open");
         assert!(!admission.admit_with(&mut live, 31 << 10));
-        drop(permit);
+        drop(backlog);
         assert!(admission.admit_with(&mut live, 31 << 10));
     }
 
