@@ -238,7 +238,15 @@ impl<'a> Link<'a> {
 
     async fn receive_batches(&mut self, first: pb::LinkBatch, inbound: &mut Streaming<pb::ConnectRequest>) -> Result<Received, Status> {
         let stream_id = self.check_batch(&first)?;
-        let mut run = self.api.ingest.begin(&self.device, stream_id, self.lane, envelope(first)).await?;
+        let first = envelope(first);
+        let mut run = loop {
+            tokio::select! {
+                biased;
+                run = self.api.ingest.begin(&self.device, stream_id, self.lane, first.clone()) => break run?,
+                // One with a backlog may wait for its turn for long, and its device for what it handed in before.
+                Some(replies) = self.pending.next() => self.acknowledge(replies).await?,
+            }
+        };
         let (mut ended, mut left) = (Ok(false), None);
         let room = self.api.unacknowledged_max.saturating_sub(self.unacknowledged);
         while left.is_none() && run.len() < room && !run.is_full() {

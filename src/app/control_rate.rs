@@ -211,7 +211,7 @@ mod tests {
 
     #[test]
     fn a_frame_costs_what_it_carries_beside_the_data() {
-        let frame = |kind, payload_bytes, flags| units_of(FrameHeader { kind, payload_bytes, flags, stream: 1 });
+        let frame = |kind, payload_bytes, flags| units_of(FrameHeader { kind, payload_bytes, flags, stream: 1, error_code: 0 });
         assert_eq!((frame(FrameHeader::DATA, 16_384, 0), frame(FrameHeader::DATA, 0, FrameHeader::END_STREAM)), (0, 0));
         assert_eq!(frame(FrameHeader::DATA, 0, 0), 1);
         assert_eq!((frame(FrameHeader::HEADERS, 5_000, 0), frame(FrameHeader::HEADERS, 16_384, 0)), (0, 32));

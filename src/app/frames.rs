@@ -1,4 +1,4 @@
-//! Finds HTTP/2 frames in the bytes that carry them, by their headers alone.
+//! Finds HTTP/2 frames in the bytes that carry them, by their headers, and of RST_STREAM also what it says.
 
 /// The length of a frame's header (RFC 9113 section 4.1).
 const HEADER_BYTES: usize = 9;
@@ -14,6 +14,8 @@ pub struct FrameHeader {
     pub flags: u8,
     /// The stream that it belongs to; 0 for the connection.
     pub stream: u32,
+    /// Of RST_STREAM the error code (section 7); else 0.
+    pub error_code: u32,
 }
 
 impl FrameHeader {
@@ -25,6 +27,8 @@ impl FrameHeader {
     pub const RST_STREAM: u8 = 3;
     /// GOAWAY.
     pub const GOAWAY: u8 = 7;
+    /// Of RST_STREAM: nothing is wrong.
+    pub const NO_ERROR: u32 = 0;
     /// On DATA and HEADERS: the sender's last frame of the stream.
     pub const END_STREAM: u8 = 1;
 
@@ -32,7 +36,7 @@ impl FrameHeader {
         let payload_bytes = length.iter().fold(0, |bytes, byte| bytes << 8 | u32::from(*byte));
         // The highest bit is reserved.
         let stream = u32::from_be_bytes([s0, s1, s2, s3]) & (u32::MAX >> 1);
-        Self { payload_bytes, kind, flags, stream }
+        Self { payload_bytes, kind, flags, stream, error_code: 0 }
     }
 }
 
@@ -42,14 +46,24 @@ pub struct FrameScanner {
     header: [u8; HEADER_BYTES],
     header_bytes: u8,
     payload_bytes: u32,
+    // That has begun.
+    reset: Option<FrameHeader>,
 }
 
 impl FrameScanner {
-    /// Takes the next bytes, and calls `found` with each header that they complete.
+    /// Takes the next bytes, and calls `found` with each header that they complete; with that of RST_STREAM at its end.
     pub fn feed(&mut self, mut bytes: &[u8], mut found: impl FnMut(FrameHeader)) {
         loop {
             let skipped = bytes.len().min(self.payload_bytes as usize);
             self.payload_bytes -= skipped as u32;
+            if let Some(reset) = &mut self.reset {
+                let code = bytes[..skipped].iter();
+                reset.error_code = code.fold(reset.error_code, |code, byte| code << 8 | u32::from(*byte));
+                if self.payload_bytes == 0 {
+                    found(*reset);
+                    self.reset = None;
+                }
+            }
             bytes = &bytes[skipped..];
             if bytes.is_empty() {
                 return;
@@ -64,7 +78,11 @@ impl FrameScanner {
             }
             let header = FrameHeader::parse(self.header);
             (self.header_bytes, self.payload_bytes) = (0, header.payload_bytes);
-            found(header);
+            if header.kind == FrameHeader::RST_STREAM && header.payload_bytes > 0 {
+                self.reset = Some(header);
+            } else {
+                found(header);
+            }
         }
     }
 
@@ -82,15 +100,18 @@ mod tests {
     proptest! {
         #[test]
         fn frames_are_found_however_they_are_cut(
-            frames in prop::collection::vec((0u32..400, any::<u8>(), any::<u8>(), 0u32..1 << 31), 0..20),
+            frames in prop::collection::vec((0u32..400, prop_oneof![any::<u8>(), Just(FrameHeader::RST_STREAM)], any::<u8>(), 0u32..1 << 31), 0..20),
             cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..40),
         ) {
             let expected: Vec<FrameHeader> = frames
                 .iter()
-                .map(|&(payload_bytes, kind, flags, stream)| FrameHeader { payload_bytes, kind, flags, stream })
+                .map(|&(payload_bytes, kind, flags, stream)| {
+                    let code_bytes = if kind == FrameHeader::RST_STREAM { payload_bytes.min(4) } else { 0 };
+                    FrameHeader { payload_bytes, kind, flags, stream, error_code: ((1_u64 << (8 * code_bytes)) - 1) as u32 }
+                })
                 .collect();
             let mut bytes = Vec::new();
-            for FrameHeader { payload_bytes, kind, flags, stream } in &expected {
+            for FrameHeader { payload_bytes, kind, flags, stream, .. } in &expected {
                 bytes.extend_from_slice(&payload_bytes.to_be_bytes()[1..]);
                 bytes.extend([*kind, *flags]);
                 // With the reserved bit, which says nothing.

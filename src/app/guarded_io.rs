@@ -1,14 +1,16 @@
 //! Ends connections that are used to wear the gateway out, which the HTTP/2 implementation alone would put up with.
 //!
-//! Three things are watched, at the price of a look at each frame's header:
+//! Two things end it, and are watched for at the price of a look at each frame's header:
 //! - PING, SETTINGS, WINDOW_UPDATE, PRIORITY, RST_STREAM, empty DATA and unknown frames make work and carry nothing, and so does
 //!   more metadata than a call needs. A few are part of every connection, and clients answer what they are sent with some. A client
 //!   that sends many more is not read from until its [rate](ControlRate) is free again, so that a flood waits where it comes from;
 //!   one that goes on all the same gets a GOAWAY with ENHANCE_YOUR_CALM (RFC 9113 section 10.5). Were it ended at once, it would
 //!   come again at once.
-//! - Calls that end by RST_STREAM, whoever sent it, are dear: a frame or two begin one, and it costs some hundred times what they do.
-//!   A client may have many, and all at once. So behind each the next few calls come a little apart, and others have their turn between them.
 //! - A client whose operating system takes nothing more of what is sent would be waited for until its own end.
+//!
+//! Calls that are reset are dear besides: a frame or two begin one, and it costs some hundred times what they do. A client may have many,
+//! all at once. So for a while behind each the next calls come apart, and others have their turn between them. That goes for those that the gateway resets,
+//! too, but not where nothing is wrong (NO_ERROR): so it ends an upload that it answers before the client is done.
 
 use super::{
     control_rate::{ControlLimits, ControlRate, Flood, units_of},
@@ -22,7 +24,10 @@ use std::{
     task::{Context, Poll, ready},
     time::Duration,
 };
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
+    time::Instant,
+};
 
 /// The client connection preface (RFC 9113 section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -30,16 +35,13 @@ const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// The error code of RFC 9113 section 7.
 const ENHANCE_YOUR_CALM: u8 = 11;
 
-/// How many of the calls behind one that was reset come apart,
-const CALLS_APART: u32 = 2;
-
-/// as long as so many at the most are to,
-const CALLS_APART_MAX: u32 = 256;
-
-/// by how much,
+/// How far calls come apart, on average: so that even with all its calls reset a connection has them at no more than five hundred a second.
 const APART: Duration = Duration::from_millis(2);
-
-/// and how much is read at once meanwhile, in which there are but a few.
+/// For how long they do behind each that was reset: who has half of all its calls reset is slowed all the time.
+const APART_FOR: Duration = Duration::from_millis(4);
+/// And behind any number of them: nobody is slowed for long behind the last one.
+const APART_FOR_MAX: Duration = Duration::from_millis(500);
+/// How much is read at once meanwhile. There are but a few calls in it.
 const SHORT_READ_BYTES: usize = 512;
 
 /// What a connection may do.
@@ -49,9 +51,9 @@ pub struct IoLimits {
     pub control: ControlLimits,
     /// How long a client may take nothing of what is sent.
     pub unread_timeout: Duration,
-    /// Counts connections that were ended for the first.
+    /// Counts connections that were ended for too many control frames.
     pub flooding: Counter,
-    /// Counts connections that were ended for the second.
+    /// Counts connections that were ended for not being read.
     pub unread: Counter,
 }
 
@@ -65,8 +67,8 @@ pub struct GuardedIo<T> {
     outbound: FrameScanner,
     control: ControlRate,
     last_stream: u32,
-    // How many calls still come apart.
-    calls_apart: u32,
+    // Until when calls come apart.
+    apart_until: Option<Instant>,
     patience: Patience,
 }
 
@@ -88,7 +90,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
             outbound: FrameScanner::default(),
             control: ControlRate::new(),
             last_stream: 0,
-            calls_apart: 0,
+            apart_until: None,
             patience: Patience::default(),
         })
     }
@@ -101,13 +103,15 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
     }
 
     fn poll_inner(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.calls_apart == 0 {
+        self.apart_until = self.apart_until.filter(|until| Instant::now() < *until);
+        if self.apart_until.is_none() {
             return Pin::new(&mut self.inner).poll_read(cx, buf);
         }
-        let mut piece = [0; SHORT_READ_BYTES];
-        let mut piece = ReadBuf::new(&mut piece[..SHORT_READ_BYTES.min(buf.remaining())]);
-        ready!(Pin::new(&mut self.inner).poll_read(cx, &mut piece))?;
-        buf.put_slice(piece.filled());
+        let bytes = SHORT_READ_BYTES.min(buf.remaining());
+        let mut short = ReadBuf::new(buf.initialize_unfilled_to(bytes));
+        ready!(Pin::new(&mut self.inner).poll_read(cx, &mut short))?;
+        let read = short.filled().len();
+        buf.advance(read);
         Poll::Ready(Ok(()))
     }
 
@@ -126,17 +130,19 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
             units += units_of(frame);
         });
         self.control.take(units, &self.limits.control)?;
-        let apart = self.calls_apart.min(calls);
-        self.calls_apart -= apart;
-        self.note_resets(resets);
-        if apart > 0 {
-            self.control.hold_for(APART * apart);
+        if calls > 0 && self.apart_until.is_some() {
+            self.control.hold_for(APART * calls);
         }
+        self.note_resets(resets);
         Ok(())
     }
 
     fn note_resets(&mut self, resets: u32) {
-        self.calls_apart = self.calls_apart.saturating_add(resets.saturating_mul(CALLS_APART)).min(CALLS_APART_MAX);
+        if resets > 0 {
+            let now = Instant::now();
+            let until = self.apart_until.map_or(now, |until| until.max(now)) + APART_FOR * resets;
+            self.apart_until = Some(until.min(now + APART_FOR_MAX));
+        }
     }
 
     /// Looks at what was sent to the client, which is the first `count` bytes of these pieces.
@@ -147,7 +153,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
             count -= sent.len();
             self.outbound.feed(sent, |frame| match frame.kind {
                 FrameHeader::DATA => data_frames += 1,
-                FrameHeader::RST_STREAM => resets += 1,
+                FrameHeader::RST_STREAM => resets += u32::from(frame.error_code != FrameHeader::NO_ERROR),
                 _ => {}
             });
         }
@@ -232,14 +238,11 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedIo<T> {
 mod tests {
     use super::*;
     use futures_util::FutureExt;
-    use tokio::{
-        io::{AsyncWriteExt, DuplexStream, duplex},
-        time::Instant,
-    };
+    use tokio::io::{AsyncWriteExt, DuplexStream, duplex};
 
-    const RESETS: u32 = 10;
     const CALLS: u32 = 30;
     const CALL_BYTES: usize = 100;
+    const CANCEL: u32 = 8;
 
     fn frame(kind: u8, stream: u32, bytes: usize) -> Vec<u8> {
         let payload = bytes - 9;
@@ -249,10 +252,20 @@ mod tests {
         frame
     }
 
+    fn calls() -> Vec<u8> {
+        (0..CALLS).flat_map(|nth| frame(FrameHeader::HEADERS, 2 * nth + 1, CALL_BYTES)).collect()
+    }
+
+    fn reset(error_code: u32) -> Vec<u8> {
+        let mut reset = frame(FrameHeader::RST_STREAM, 1, 13);
+        reset[9..].copy_from_slice(&error_code.to_be_bytes());
+        reset
+    }
+
     /// Of a client that has sent these frames.
-    async fn connection(frames: &[Vec<u8>]) -> (DuplexStream, GuardedIo<DuplexStream>) {
+    async fn connection(frames: &[u8]) -> (DuplexStream, GuardedIo<DuplexStream>) {
         let (mut client, gateway) = duplex(64 << 10);
-        client.write_all(&[PREFACE.as_slice(), &frames.concat()].concat()).await.expect("there is room");
+        client.write_all(&[PREFACE, frames].concat()).await.expect("there is room");
         let limits = IoLimits {
             control: ControlLimits { units_per_second_max: 1_000, held_max: Duration::from_secs(10) },
             unread_timeout: Duration::from_secs(60),
@@ -264,33 +277,44 @@ mod tests {
         (client, connection)
     }
 
-    fn calls() -> Vec<Vec<u8>> {
-        (0..CALLS).map(|nth| frame(FrameHeader::HEADERS, 2 * nth + 1, CALL_BYTES)).collect()
+    /// How long it takes to read all calls.
+    async fn read_calls(connection: &mut GuardedIo<DuplexStream>) -> Duration {
+        let (began, mut read) = (Instant::now(), vec![0; calls().len()]);
+        connection.read_exact(&mut read).await.expect("all");
+        assert_eq!(read, calls());
+        began.elapsed()
     }
 
     #[tokio::test]
     async fn calls_come_as_they_are_sent() {
         let (_client, mut connection) = connection(&calls()).await;
-        let mut read = vec![0; CALLS as usize * CALL_BYTES];
-        connection.read_exact(&mut read).now_or_never().expect("at once").expect("all");
-        assert_eq!(read, calls().concat());
+        read_calls(&mut connection).now_or_never().expect("at once");
     }
 
     #[tokio::test]
-    async fn behind_calls_that_were_reset_some_come_apart() {
-        let resets: Vec<Vec<u8>> = (0..RESETS).map(|nth| frame(FrameHeader::RST_STREAM, 2 * nth + 1, 13)).collect();
+    async fn behind_calls_that_were_reset_others_come_apart() {
+        let resets = reset(CANCEL).repeat(100);
         let (_client, mut connection) = connection(&[resets.clone(), calls()].concat()).await;
-        connection.read_exact(&mut vec![0; resets.concat().len()]).await.expect("the resets");
-        let (began, mut read) = (Instant::now(), vec![0; CALLS as usize * CALL_BYTES]);
-        connection.read_exact(&mut read).await.expect("all");
-        assert!(began.elapsed() >= APART * RESETS * CALLS_APART);
-        assert_eq!((read, connection.calls_apart), (calls().concat(), 0));
+        connection.read_exact(&mut vec![0; resets.len()]).await.expect("the resets");
+        // Nobody is held behind the last of them.
+        assert!(read_calls(&mut connection).await >= APART * (CALLS - (SHORT_READ_BYTES / CALL_BYTES) as u32 - 1));
     }
 
     #[tokio::test]
-    async fn who_resets_the_calls_makes_no_difference() {
+    async fn not_for_long() {
+        let (_client, mut connection) = connection(&calls()).await;
+        connection.note_resets(u32::from(u16::MAX));
+        assert!(connection.apart_until.expect("for a while") <= Instant::now() + APART_FOR_MAX);
+        connection.apart_until = Some(Instant::now());
+        read_calls(&mut connection).now_or_never().expect("at once");
+    }
+
+    #[tokio::test]
+    async fn calls_that_the_gateway_resets_count_where_something_is_wrong() {
         let (_client, mut connection) = connection(&[]).await;
-        connection.write_all(&frame(FrameHeader::RST_STREAM, 1, 13)).await.expect("sent");
-        assert_eq!(connection.calls_apart, CALLS_APART);
+        connection.write_all(&reset(FrameHeader::NO_ERROR)).await.expect("sent");
+        assert_eq!(connection.apart_until, None);
+        connection.write_all(&reset(CANCEL)).await.expect("sent");
+        assert!(connection.apart_until.is_some());
     }
 }

@@ -347,7 +347,7 @@ pub static SETTINGS: &[Setting] = &[
     setting(
         "ingest.backlog_bytes_max",
         Allowed::Bytes(64 * KIB..=64 * GIB),
-        "How many bytes of batches, each counted with 1 KiB more, a device with a backlog sends on in its turn: the less, the less live readings notice of backlogs. One such device has its turn at a time.",
+        "How many bytes of batches of all backlogs, each counted with 1 KiB more, may wait for their commit: the less, the less live readings notice of them.",
     ),
     setting(
         "ingest.commit_batches_max",

@@ -1,13 +1,14 @@
 //! Admission: how many bytes of batches may be on their way to their commit, and how many of these may be backlog.
 //!
 //! A device that comes back from an outage sends all that it has kept, as fast as it can. Were it admitted like the others, what it
-//! sends would stand in front of what they have just measured. So it has a narrow lane of its own: as long as the newest reading
-//! of what a call sends is old, it goes on only in its turn. One device has its turn at a time, in the order in which they ask, and sends
-//! on what it has in one run: a few large runs are less in the way of live readings than many small ones, of which each wakes a task,
-//! a connection and a client. Nobody starves, and the order within a stream is that of its call.
+//! sends would stand in front of what they have just measured. So it has a narrow lane of its own, for as long as the newest reading
+//! of what a call sends is old: only so many bytes of all such calls are on their way at once. The calls take turns at it, in the order in
+//! which they ask. Who has its turn hands in all that it has by then, and only what it leaves is for the next one: a few large runs are less in
+//! the way of live readings than many small ones, of which each wakes a call, a connection and a client. Nobody starves, and the order within
+//! a stream is that of its call.
 //!
-//! A narrow lane alone is not enough where the processors are what is scarce: as soon as a commit ends, the next turn would begin. So
-//! beside live calls the lane rests: the next turn begins only after as long again as the last one took, and
+//! A narrow lane alone is not enough where the processors are what is scarce: as soon as a commit ends, the next bytes would come in. So
+//! beside live calls the lane rests: what was given out comes back only after as long again as it was held, and
 //! the processors and the disk belong to live readings meanwhile.
 
 use super::run::Run;
@@ -17,18 +18,21 @@ use crate::{
     telemetry::{Metrics, names},
 };
 use std::{
+    pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 /// What a waiting batch costs besides its bytes.
-const BATCH_OVERHEAD_BYTES: usize = 1 << 10;
-/// How long the backlog's lane rests behind a turn at the most: after a commit that took long for a reason of its own, a backlog need not stand still.
+const BATCH_OVERHEAD_BYTES: usize = 1024;
+/// How long a part of the backlog's lane rests at the most: after a commit that took long for a reason of its own, a backlog need not stand still.
 const REST_MAX: Duration = Duration::from_millis(100);
+/// After how long a call looks whether there is room though it is not its turn.
+const TURN_MAX: Duration = Duration::from_millis(if cfg!(test) { 20 } else { 1_000 });
 /// How long after the last live batch the lane still rests.
 const LIVE_FOR: Duration = Duration::from_secs(1);
 
@@ -46,19 +50,26 @@ pub enum Lane {
 #[derive(Clone)]
 pub(super) struct Admission {
     all: Budget,
-    backlog: Turns,
+    backlog: BacklogLane,
     backlog_age: Duration,
 }
 
 /// What is held from admission to commit.
 pub(super) struct Permit {
     all: OwnedSemaphorePermit,
-    turn: Option<Turn>,
+    backlog: Option<LanePart>,
 }
 
 impl Permit {
     pub fn lane(&self) -> Lane {
-        if self.turn.is_some() { Lane::Backlog } else { Lane::Live }
+        if self.backlog.is_some() { Lane::Backlog } else { Lane::Live }
+    }
+
+    /// Nothing is added to it any more: what it leaves of the backlog's lane is for the next one.
+    pub fn close(&self) {
+        if let Some(part) = &self.backlog {
+            part.lane.call_next();
+        }
     }
 }
 
@@ -91,59 +102,78 @@ impl LastLive {
 
 /// The lane of backlogs. Cheap to clone.
 #[derive(Clone)]
-struct Turns {
-    free: Arc<Semaphore>,
-    /// How many bytes one may take.
-    bytes_max: usize,
-    // Of the turn that somebody has.
-    bytes: Arc<AtomicUsize>,
+struct BacklogLane {
+    budget: Budget,
+    // Whose turn it is. Nothing is given out to a call that waits: while its client does not read it is not looked at, and would
+    // keep what others could have.
+    turn: Arc<Notify>,
     live: LastLive,
 }
 
-/// The turn of a device with a backlog; the lane rests behind it when live batches come in.
-struct Turn {
-    taken: Option<OwnedSemaphorePermit>,
-    lane: Turns,
-    since: Instant,
-}
-
-impl Turns {
+impl BacklogLane {
     fn new(bytes_max: usize) -> Self {
-        Self { free: Arc::new(Semaphore::new(1)), bytes_max, bytes: Arc::default(), live: LastLive::new() }
+        Self { budget: Budget::new(bytes_max), turn: Arc::default(), live: LastLive::new() }
     }
 
-    async fn take(&self, bytes: usize) -> Result<Turn, Error> {
-        let taken = self.free.clone().acquire_owned().await.map_err(|_| Error::Draining)?;
-        self.bytes.store(bytes + BATCH_OVERHEAD_BYTES, Relaxed);
-        Ok(Turn { taken: Some(taken), lane: self.clone(), since: Instant::now() })
-    }
-}
-
-impl Turn {
-    /// Takes a further batch in the same turn, if that is not too much for one.
-    fn extend(&self, bytes: usize) -> bool {
-        let all = self.lane.bytes.load(Relaxed) + bytes + BATCH_OVERHEAD_BYTES;
-        let room = all <= self.lane.bytes_max;
-        if room {
-            self.lane.bytes.store(all, Relaxed);
+    async fn take(&self, bytes: usize) -> LanePart {
+        let mut asked = false;
+        loop {
+            let mut turn = pin!(self.turn.notified());
+            turn.as_mut().enable();
+            // It may be its own turn. Once it had that and there was not room enough, it is for those to say who make more.
+            if !std::mem::replace(&mut asked, true) {
+                self.call_next();
+            }
+            // In vain is the turn of a call that is not looked at.
+            let _ = tokio::time::timeout(TURN_MAX, turn).await;
+            if let Some(bytes) = self.budget.take_now(bytes) {
+                return LanePart { bytes: Some(bytes), since: Instant::now(), lane: self.clone() };
+            }
         }
-        room
+    }
+
+    /// Whoever waits longest has the next turn, if there is room for much.
+    fn call_next(&self) {
+        if self.budget.free.available_permits() >= self.budget.bytes_max / 2 {
+            self.turn.notify_one();
+        }
     }
 }
 
-impl Drop for Turn {
+/// A part of the backlog's lane, which rests before it comes back when live batches come in.
+struct LanePart {
+    bytes: Option<OwnedSemaphorePermit>,
+    since: Instant,
+    lane: BacklogLane,
+}
+
+impl LanePart {
+    fn merge(&mut self, more: OwnedSemaphorePermit) {
+        match &mut self.bytes {
+            Some(bytes) => bytes.merge(more),
+            none => *none = Some(more),
+        }
+    }
+}
+
+impl Drop for LanePart {
     fn drop(&mut self) {
-        self.lane.bytes.store(0, Relaxed);
-        if !self.lane.live.is_recent() {
-            return;
-        }
+        let (bytes, lane) = (self.bytes.take(), self.lane.clone());
+        let give_back = move || {
+            drop(bytes);
+            lane.call_next();
+        };
         // Without a runtime the gateway is at its end, and nobody waits.
-        let (Some(taken), Ok(runtime)) = (self.taken.take(), tokio::runtime::Handle::try_current()) else { return };
-        let rest = self.since.elapsed().min(REST_MAX);
-        runtime.spawn(async move {
-            tokio::time::sleep(rest).await;
-            drop(taken);
-        });
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) if self.lane.live.is_recent() => {
+                let rest = self.since.elapsed().min(REST_MAX);
+                runtime.spawn(async move {
+                    tokio::time::sleep(rest).await;
+                    give_back();
+                });
+            }
+            _ => give_back(),
+        }
     }
 }
 
@@ -176,25 +206,32 @@ impl Budget {
 impl Admission {
     pub fn new(settings: &config::Ingest) -> Self {
         let config::Ingest { pending_bytes_max, backlog_bytes_max, backlog_age, .. } = *settings;
-        Self { all: Budget::new(pending_bytes_max), backlog: Turns::new(backlog_bytes_max), backlog_age }
+        Self { all: Budget::new(pending_bytes_max), backlog: BacklogLane::new(backlog_bytes_max), backlog_age }
     }
 
     /// Admits a batch; waits while too many bytes are on their way already.
     pub async fn admit(&self, lane: Lane, bytes: usize) -> Result<Permit, Error> {
-        let turn = match lane {
+        let backlog = match lane {
             Lane::Live => None,
-            Lane::Backlog => Some(self.backlog.take(bytes).await?),
+            Lane::Backlog => Some(self.backlog.take(bytes).await),
         };
-        Ok(Permit { all: self.all.take(bytes).await?, turn })
+        Ok(Permit { all: self.all.take(bytes).await?, backlog })
     }
 
     /// Admits a further batch, if that is possible without waiting.
     pub fn admit_with(&self, permit: &mut Permit, bytes: usize) -> bool {
-        if permit.turn.as_ref().is_some_and(|turn| !turn.extend(bytes)) {
-            return false;
+        let part = match &permit.backlog {
+            None => None,
+            Some(_) => match self.backlog.budget.take_now(bytes) {
+                None => return false,
+                taken => taken,
+            },
+        };
+        let Some(all) = self.all.take_now(bytes) else { return false };
+        permit.all.merge(all);
+        if let (Some(held), Some(more)) = (&mut permit.backlog, part) {
+            held.merge(more);
         }
-        let Some(more) = self.all.take_now(bytes) else { return false };
-        permit.all.merge(more);
         true
     }
 
@@ -213,11 +250,12 @@ impl Admission {
 
     /// Shows at each scrape how many bytes are on their way.
     pub fn show(&self, metrics: &Metrics) {
-        // Not the handle to the writer itself: that would keep it from ending.
-        let (pending, Budget { free, bytes_max }) = (metrics.gauge(names::PENDING_BYTES, &[]), self.all.clone());
-        metrics.on_scrape(move || pending.set((bytes_max - free.available_permits()) as f64));
-        let (pending, bytes) = (metrics.gauge(names::BACKLOG_PENDING_BYTES, &[]), self.backlog.bytes.clone());
-        metrics.on_scrape(move || pending.set(bytes.load(Relaxed) as f64));
+        for (budget, name) in [(&self.all, names::PENDING_BYTES), (&self.backlog.budget, names::BACKLOG_PENDING_BYTES)] {
+            let gauge = metrics.gauge(name, &[]);
+            // Not the handle to the writer itself: that would keep it from ending.
+            let Budget { free, bytes_max } = budget.clone();
+            metrics.on_scrape(move || gauge.set((bytes_max - free.available_permits()) as f64));
+        }
     }
 }
 
@@ -231,46 +269,74 @@ mod tests {
         Admission::new(&config::Ingest { pending_bytes_max: 64 << 10, backlog_bytes_max: 16 << 10, ..defaults })
     }
 
-    #[test]
-    fn a_backlog_leaves_the_room_beyond_its_turn_to_others() {
+    /// A call that waits for the lane and is looked at once.
+    macro_rules! waiting {
+        ($admission:expr, $bytes:expr) => {{
+            let mut waiting = Box::pin($admission.admit(Lane::Backlog, $bytes));
+            assert!((&mut waiting).now_or_never().is_none(), "it has to wait");
+            waiting
+        }};
+    }
+
+    #[tokio::test]
+    async fn a_backlog_leaves_the_room_beyond_its_lane_to_others() {
         let admission = admission();
         let admit = |lane| admission.admit(lane, 7 << 10).now_or_never().map(|permit| permit.expect("open"));
-        let mut backlog = admit(Lane::Backlog).expect("room");
-        assert!(admission.admit_with(&mut backlog, 7 << 10));
-        assert!(!admission.admit_with(&mut backlog, 7 << 10), "that is too much for a turn");
-        assert!(admit(Lane::Backlog).is_none(), "one at a time");
+        let backlog = [admit(Lane::Backlog).expect("room"), admit(Lane::Backlog).expect("room")];
         let live: Vec<_> = std::iter::from_fn(|| admit(Lane::Live)).collect();
         assert_eq!(live.len(), 6, "live batches have all that is left");
-        drop(backlog);
+        drop((backlog, live));
         assert_eq!(admit(Lane::Backlog).expect("room again").lane(), Lane::Backlog);
     }
 
     #[tokio::test]
-    async fn who_asked_first_has_the_next_turn() {
+    async fn who_has_its_turn_takes_all_that_it_wants_and_the_next_one_what_is_left() {
         let admission = admission();
-        let turn = || Box::pin(admission.admit(Lane::Backlog, 1 << 10));
-        let (now, mut first, mut second) = (turn().await.expect("open"), turn(), turn());
-        assert!((&mut first).now_or_never().is_none() && (&mut second).now_or_never().is_none());
-        drop(now);
-        assert!((&mut second).now_or_never().is_none());
-        drop(first.await.expect("open"));
+        let before = admission.admit(Lane::Backlog, 15 << 10).await.expect("open");
+        let (first, mut second) = (waiting!(admission, 1 << 10), waiting!(admission, 1 << 10));
+        drop(before);
+        let mut first = first.await.expect("open");
+        assert!((&mut second).now_or_never().is_none(), "it is not its turn");
+        assert!(admission.admit_with(&mut first, 1 << 10));
+        assert!(admission.admit_with(&mut first, 1 << 10));
+        assert!((&mut second).now_or_never().is_none(), "there may be more");
+        first.close();
         second.await.expect("open");
+    }
+
+    #[tokio::test]
+    async fn a_call_that_is_not_looked_at_keeps_nobody_waiting_for_long() {
+        let admission = admission();
+        let before = admission.admit(Lane::Backlog, 15 << 10).await.expect("open");
+        let (_stalled, next) = (waiting!(admission, 15 << 10), waiting!(admission, 15 << 10));
+        drop(before);
+        next.await.expect("open");
+    }
+
+    #[tokio::test]
+    async fn who_goes_away_leaves_its_turn_to_the_next_one() {
+        let admission = admission();
+        let all = admission.admit(Lane::Live, 63 << 10).await.expect("open");
+        let (first, next) = (waiting!(admission, 15 << 10), waiting!(admission, 15 << 10));
+        drop(first);
+        drop(all);
+        next.await.expect("open");
     }
 
     #[tokio::test]
     async fn beside_live_batches_the_lane_rests() {
         let admission = admission();
-        let turn = || admission.admit(Lane::Backlog, 1 << 10);
-        drop(turn().await.expect("open"));
-        drop(turn().now_or_never().expect("nobody else sends: the next one has its turn at once"));
+        let all_of_it = || admission.admit(Lane::Backlog, 16 << 10);
+        drop(all_of_it().await.expect("open"));
+        drop(all_of_it().now_or_never().expect("nobody else sends: it comes back at once"));
         admission.backlog.live.see();
-        drop(turn().await.expect("open"));
-        assert!(turn().now_or_never().is_none(), "it rests");
-        turn().await.expect("it goes on");
+        drop(all_of_it().await.expect("open"));
+        assert!(all_of_it().now_or_never().is_none(), "it rests");
+        all_of_it().await.expect("it comes back");
     }
 
-    #[test]
-    fn a_run_grows_only_by_what_is_left_of_all() {
+    #[tokio::test]
+    async fn a_run_grows_only_by_what_is_left_of_all() {
         let admission = admission();
         let mut live = admission.admit(Lane::Live, 31 << 10).now_or_never().expect("room").expect("open");
         let backlog = admission.admit(Lane::Backlog, 7 << 10).now_or_never().expect("room").expect("open");
@@ -279,8 +345,8 @@ mod tests {
         assert!(admission.admit_with(&mut live, 31 << 10));
     }
 
-    #[test]
-    fn a_batch_larger_than_its_budget_takes_all_of_it() {
+    #[tokio::test]
+    async fn a_batch_larger_than_its_budget_takes_all_of_it() {
         let admission = admission();
         let large = admission.admit(Lane::Backlog, 1 << 20).now_or_never().expect("room").expect("open");
         assert!(admission.admit(Lane::Live, 1).now_or_never().is_none());

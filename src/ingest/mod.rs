@@ -116,6 +116,7 @@ impl Ingest {
 
     /// Hands a run in. Runs of one stream must be handed in one after the other, in order.
     pub async fn submit(&self, mut run: Run) -> Result<Pending, Error> {
+        run.close();
         let batches = run.len();
         let (reply, receiver) = oneshot::channel();
         if self.discards {

@@ -240,6 +240,11 @@ impl Run {
         self.batches.iter().filter_map(newest).max()
     }
 
+    /// Nothing more is added to it.
+    pub(super) fn close(&self) {
+        self.admitted.close();
+    }
+
     /// Whether its first batch leaves a gap.
     pub fn leaves_gap(&self, last_sequence: u64) -> bool {
         self.batches.first().is_some_and(|batch| batch.leaves_gap(last_sequence))

@@ -325,7 +325,7 @@ pub static METRICS: &[Metric] = &[
         Kind::Gauge,
         "bytes",
         &[],
-        "Bytes that a device with a backlog has on their way in its turn; 0 while the lane of backlogs rests behind it.",
+        "Bytes that are taken of the lane of backlogs, by batches on their way and by the rest that it has behind them beside live ones; at ingest.backlog_bytes_max devices with a backlog wait.",
     ),
     metric(
         REPLAYED_BATCHES,
