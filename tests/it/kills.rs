@@ -23,6 +23,8 @@ fn kills() -> u32 {
 
 /// So that some kills come while the log is merged.
 const MERGES_OFTEN: &str = "--history-unmerged-bytes-max=1";
+/// A long run has more than is kept for followers by default, and all of the log is compared.
+const KEEPS_THE_LOG: &str = "--live-replay-bytes-max=4294967296";
 
 /// A gateway that is killed and started again on the same data and addresses.
 struct Victim {
@@ -95,7 +97,7 @@ async fn all_is_there_once(fleet: Script, victim: &Victim, witness: Witness) {
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_lost_or_doubled_while_the_gateway_is_killed() {
     let mut random = seeded("kills of the gateway");
-    let mut victim = Victim::start(&[MERGES_OFTEN]).await;
+    let mut victim = Victim::start(&[MERGES_OFTEN, KEEPS_THE_LOG]).await;
     let witness = Witness::start(channel(victim.gateway.grpc));
     let fleet = start_fleet(&victim);
     for _ in 0..kills() {
@@ -112,7 +114,7 @@ async fn nothing_is_lost_or_doubled_while_gateway_and_server_are_killed() {
     }
     let mut random = seeded("kills of gateway and server");
     let mut server = PostgresServer::private();
-    let mut victim = Victim::start(&[MERGES_OFTEN, &format!("--storage-url={}", server.database())]).await;
+    let mut victim = Victim::start(&[MERGES_OFTEN, KEEPS_THE_LOG, &format!("--storage-url={}", server.database())]).await;
     let witness = Witness::start(channel(victim.gateway.grpc));
     let fleet = start_fleet(&victim);
     for kill in 0..kills() {
