@@ -46,7 +46,7 @@ pub struct FrameScanner {
     header: [u8; HEADER_BYTES],
     header_bytes: u8,
     payload_bytes: u32,
-    // That has begun.
+    // A RST_STREAM whose payload has not come to its end.
     reset: Option<FrameHeader>,
 }
 

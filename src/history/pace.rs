@@ -18,8 +18,8 @@ const COUNTED_MAX: Duration = Duration::from_secs(1);
 /// How fast to go.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Haste {
-    /// How many seconds to rest for each that a transaction is open, or had to wait for the one before it: who need not wait long is in
-    /// nobody's way.
+    /// How many seconds to rest for each that a transaction is open or had to wait for the one before it, whichever is less: who need not
+    /// wait long is in nobody's way.
     pub rest: f64,
 }
 

@@ -104,8 +104,8 @@ impl LastLive {
 #[derive(Clone)]
 struct BacklogLane {
     budget: Budget,
-    // Whose turn it is. Nothing is given out to a call that waits: while its client does not read it is not looked at, and would
-    // keep what others could have.
+    // Calls whoever waits longest. Nothing is given out to one that waits: while its client does not read it is not looked at, and
+    // would keep what others could have.
     turn: Arc<Notify>,
     live: LastLive,
 }
@@ -283,9 +283,10 @@ mod tests {
         let admission = admission();
         let admit = |lane| admission.admit(lane, 7 << 10).now_or_never().map(|permit| permit.expect("open"));
         let backlog = [admit(Lane::Backlog).expect("room"), admit(Lane::Backlog).expect("room")];
+        assert!(admit(Lane::Backlog).is_none(), "its lane is full");
         let live: Vec<_> = std::iter::from_fn(|| admit(Lane::Live)).collect();
         assert_eq!(live.len(), 6, "live batches have all that is left");
-        drop((backlog, live));
+        drop(backlog);
         assert_eq!(admit(Lane::Backlog).expect("room again").lane(), Lane::Backlog);
     }
 
@@ -336,12 +337,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_run_grows_only_by_what_is_left_of_all() {
+    async fn a_run_grows_only_by_what_both_budgets_have() {
         let admission = admission();
+        let mut permit = admission.admit(Lane::Backlog, 7 << 10).now_or_never().expect("room").expect("open");
+        assert!(admission.admit_with(&mut permit, 7 << 10));
+        assert!(!admission.admit_with(&mut permit, 7 << 10));
         let mut live = admission.admit(Lane::Live, 31 << 10).now_or_never().expect("room").expect("open");
-        let backlog = admission.admit(Lane::Backlog, 7 << 10).now_or_never().expect("room").expect("open");
         assert!(!admission.admit_with(&mut live, 31 << 10));
-        drop(backlog);
+        drop(permit);
         assert!(admission.admit_with(&mut live, 31 << 10));
     }
 
