@@ -35,8 +35,8 @@ const SENSORS_PER_STEP: usize = if cfg!(test) { 2 } else { 1_024 };
 /// How many readings are decoded and encoded at once, about, those of the chunks that are written anew among them.
 const READINGS_PER_PART: usize = if cfg!(test) { 100 } else { 1 << 17 };
 /// What one transaction writes at the most, about, so that ingest does not wait for long.
-const BYTES_PER_TRANSACTION: usize = 512 << 10;
-const CHUNKS_PER_TRANSACTION: usize = if cfg!(test) { 3 } else { 256 };
+const BYTES_PER_TRANSACTION: usize = 256 << 10;
+const CHUNKS_PER_TRANSACTION: usize = if cfg!(test) { 3 } else { 128 };
 /// See the [module](self).
 pub struct Merger {
     store: Store,

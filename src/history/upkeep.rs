@@ -51,6 +51,8 @@ pub struct Upkeep {
     // Of what came in since the start, behind this position, how many bytes of batches are merged.
     started_behind: Position,
     merged_bytes: u64,
+    // By the current round, bytes of batches.
+    pruned_bytes: u64,
 }
 
 /// What of the log is merged and still kept.
@@ -74,7 +76,8 @@ impl Upkeep {
         let merger = Merger::new(store.clone(), registry, metrics);
         let (replay_window, replay_bytes_max) = (config.live.replay_window, config.live.replay_bytes_max);
         let (history, replay, started_behind) = (config.history.clone(), Replay::default(), *tail.head().borrow());
-        Self { store, latest, tail, merger, history, replay_window, replay_bytes_max, replay, started_behind, merged_bytes: 0 }
+        let (merged_bytes, pruned_bytes) = (0, 0);
+        Self { store, latest, tail, merger, history, replay_window, replay_bytes_max, replay, started_behind, merged_bytes, pruned_bytes }
     }
 
     /// Works until `stop`: at each interval, and when enough has come in.
@@ -103,6 +106,7 @@ impl Upkeep {
 
     /// Merges all that waits, prunes and deletes.
     pub async fn round(&mut self) -> Result<(), StoreError> {
+        self.pruned_bytes = 0;
         let appended = self.tail.appended_bytes();
         if !self.store.lead_upkeep().await? {
             // Another gateway does it.
@@ -171,7 +175,7 @@ impl Upkeep {
             }
             let pruned = self.haste().write(&self.store, move |tx| Box::pin(tx.prune_log(through))).await?;
             self.merger.metrics.pruned_entries.increment(pruned);
-            self.replay.forget_first();
+            self.pruned_bytes += self.replay.forget_first() as u64;
         }
         Ok(())
     }
@@ -186,7 +190,9 @@ impl Upkeep {
         }
         let bytes_max = self.history.retention_bytes_max;
         while bytes_max > 0 && self.store.used_bytes().await? > bytes_max && self.delete_oldest(None, until).await? > 0 {}
-        let kept = FREE_BYTES_KEPT.max(self.store.used_bytes().await? / 8);
+        // What the log has left comes in again until the next round, if the devices go on: a file that becomes shorter and longer again and again
+        // keeps the disk busy. If they do not, the next round gives it back.
+        let kept = FREE_BYTES_KEPT.max(self.store.used_bytes().await? / 8) + 2 * self.pruned_bytes;
         while self.may_go_on(until) {
             let store = self.store.clone();
             if !self.haste().write_with(async move { store.release_space(kept).await }).await? {
@@ -254,10 +260,11 @@ impl Replay {
         (old || self.bytes > bytes_max).then_some(first.through)
     }
 
-    fn forget_first(&mut self) {
-        if let Some(first) = self.slices.pop_front() {
-            self.bytes -= first.bytes;
-        }
+    /// Forgets the oldest part; how many bytes of batches it had.
+    fn forget_first(&mut self) -> usize {
+        let bytes = self.slices.pop_front().map_or(0, |first| first.bytes);
+        self.bytes -= bytes;
+        bytes
     }
 }
 

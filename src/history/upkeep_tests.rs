@@ -111,6 +111,19 @@ async fn the_oldest_go_when_there_is_too_much_and_the_file_becomes_smaller() {
 }
 
 #[tokio::test]
+async fn what_the_log_leaves_is_kept_for_what_comes_in_until_a_round_finds_nothing() {
+    let fixture = Fixture::open(|config| config.history.retention_bytes_max = 8 * MIB).await;
+    for part in 0..40 {
+        fixture.append(part * HOUR, 300, 4_000).await;
+    }
+    let free = async || fixture.store.file_bytes().await.expect("read") - fixture.store.used_bytes().await.expect("read");
+    fixture.round().await;
+    assert!(free().await > 40 * MIB, "the log's place is kept");
+    fixture.round().await;
+    assert!(free().await <= FREE_BYTES_KEPT, "given back");
+}
+
+#[tokio::test]
 async fn of_a_deleted_device_no_chunk_is_left_and_none_comes_after() {
     let fixture = Fixture::open(|_| {}).await;
     fixture.append(0, 60, 10).await;

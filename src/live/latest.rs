@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 const ROWS_PER_READ: usize = 256;
 const BYTES_PER_READ: usize = 4 << 20;
 /// How many rows one transaction saves, so that ingest does not wait for long.
-const ROWS_PER_SAVE: usize = 512;
+const ROWS_PER_SAVE: usize = 256;
 /// How much of the log a start reads again at the most, in time.
 const SAVE_INTERVAL: Duration = Duration::from_secs(5);
 

@@ -12,10 +12,11 @@ use std::sync::{
 };
 use tokio::sync::mpsc;
 
-/// After how many bytes, as [`WalGrowth`] counts them.
-const BYTES: u64 = if cfg!(test) { 1 << 20 } else { 16 << 20 };
+/// After how many bytes, as [`WalGrowth`] counts them. A commit that syncs while pages are moved takes several times as long: it is
+/// better done seldom, when there is much. Most of that are the same pages again and again, which are moved once.
+const BYTES: u64 = if cfg!(test) { 1 << 20 } else { 64 << 20 };
 /// What a transaction writes besides the values that are counted: the pages of streams, indexes and progress, about.
-const BYTES_PER_TRANSACTION: u64 = 8 * PAGE_BYTES as u64;
+const BYTES_PER_TRANSACTION: u64 = 4 * PAGE_BYTES as u64;
 /// After so many pages commits do it after all: whatever is wrong here, the WAL has an end.
 pub const PAGES_IN_COMMIT: &str = "25000";
 /// How often what there is is moved while commits go on; each time there is less.

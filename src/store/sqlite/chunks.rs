@@ -12,7 +12,7 @@ use crate::{
 use sqlx::AssertSqlSafe;
 
 /// How many pages one step gives back to the file system, so that ingest does not wait for long.
-const RELEASED_PAGES_PER_STEP: u64 = 256;
+const RELEASED_PAGES_PER_STEP: u64 = 32;
 
 impl SqliteTx<'_> {
     pub async fn replace_chunks(&mut self, gone: &[i64], new: &[NewChunk]) -> Result<(), StoreError> {
