@@ -54,10 +54,12 @@ impl Sensors {
         self.rows.is_empty()
     }
 
-    /// The number of a column's sensor among these; it is looked for first at `next`, which is then moved on.
+    /// The number of a column's sensor among these; it is looked for first at `next`, which is then moved on. Behind the last comes the first, as
+    /// each frame of a batch mostly names all.
     pub fn index_of(&self, column: &scan::Column<'_>, next: &mut usize) -> Option<usize> {
-        let is_next = self.rows.get(*next).is_some_and(|row| row.name.as_bytes() == column.sensor);
-        let index = if is_next { *next } else { *self.by_name.get(std::str::from_utf8(column.sensor).ok()?)? };
+        let expected = if *next < self.rows.len() { *next } else { 0 };
+        let is_next = self.rows.get(expected).is_some_and(|row| row.name.as_bytes() == column.sensor);
+        let index = if is_next { expected } else { *self.by_name.get(std::str::from_utf8(column.sensor).ok()?)? };
         *next = index + 1;
         Some(index)
     }

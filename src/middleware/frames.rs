@@ -29,6 +29,14 @@ impl MessageCounter {
     pub fn feed(&mut self, mut bytes: &[u8]) -> u64 {
         let mut messages = 0;
         while !bytes.is_empty() {
+            // What an upload sends is mostly many whole messages, each of which costs no more than a look at its length.
+            while self.prefix_bytes == 0
+                && let Some((&[_, length @ ..], rest)) = bytes.split_first_chunk::<PREFIX_BYTES>()
+                && let Some(rest) = rest.get(u32::from_be_bytes(length) as usize..)
+            {
+                messages += 1;
+                bytes = rest;
+            }
             while self.prefix_bytes < PREFIX_BYTES {
                 let Some((byte, rest)) = bytes.split_first() else { return messages };
                 // The flag byte, which comes first, is shifted out by the four of the length.

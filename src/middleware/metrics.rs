@@ -1,4 +1,5 @@
-//! Rate, errors and duration of calls by method, and the messages in them.
+//! Rate, errors and duration of calls by method, and the messages that they answer with. Those that come in are counted where it is looked at
+//! anyway where each of them ends: in [`super::pace`].
 
 use super::{
     frames::MessageCounter,
@@ -29,7 +30,6 @@ struct MethodMetrics {
     started: Counter,
     in_flight: Gauge,
     duration: Histogram,
-    received: Counter,
     sent: Counter,
     /// By code. Made when the code is first seen: most methods never see most codes.
     ended: [OnceLock<Counter>; CODES],
@@ -44,7 +44,6 @@ impl MethodMetrics {
             started: metrics.counter(names::GRPC_REQUESTS_STARTED, &labels),
             in_flight: metrics.gauge(names::GRPC_REQUESTS_IN_FLIGHT, &labels),
             duration: metrics.histogram(names::GRPC_REQUEST_DURATION, &labels),
-            received: metrics.counter(names::GRPC_MESSAGES_RECEIVED, &labels),
             sent: metrics.counter(names::GRPC_MESSAGES_SENT, &labels),
             ended: [const { OnceLock::new() }; CODES],
         }
@@ -89,7 +88,7 @@ pub struct MetricsService<S> {
 
 impl<S, A, B> Service<Request<A>> for MetricsService<S>
 where
-    S: Service<Request<CountedBody<A>>, Response = Response<B>>,
+    S: Service<Request<A>, Response = Response<B>>,
     B: Body<Data = Bytes>,
 {
     type Response = Response<MetricsBody<B>>;
@@ -103,8 +102,6 @@ where
     fn call(&mut self, request: Request<A>) -> Self::Future {
         let metrics = &self.methods[Method::of(request.uri().path()).index];
         let record = CallRecord::start(metrics.clone());
-        let received = metrics.received.clone();
-        let request = request.map(|inner| CountedBody { inner, messages: MessageCounter::default(), received });
         MetricsFuture { inner: self.inner.call(request), record: Some(record) }
     }
 }
@@ -179,38 +176,6 @@ impl<B: Body<Data = Bytes>> Body for MetricsBody<B> {
         this.record.outcome.see_frame(frame.as_ref());
         if let Some(data) = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref()) {
             this.record.metrics.sent.increment(this.record.messages.feed(data));
-        }
-        Poll::Ready(frame)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
-    }
-}
-
-pin_project_lite::pin_project! {
-    /// A request body whose messages are counted as they pass.
-    pub struct CountedBody<A> {
-        #[pin]
-        inner: A,
-        messages: MessageCounter,
-        received: Counter,
-    }
-}
-
-impl<A: Body<Data = Bytes>> Body for CountedBody<A> {
-    type Data = Bytes;
-    type Error = A::Error;
-
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, A::Error>>> {
-        let this = self.project();
-        let frame = ready!(this.inner.poll_frame(cx));
-        if let Some(data) = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref()) {
-            this.received.increment(this.messages.feed(data));
         }
         Poll::Ready(frame)
     }

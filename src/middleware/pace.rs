@@ -3,14 +3,21 @@
 //! call's flow-control window take no more than any call may, and wait for nobody: who begins many large messages holds up
 //! others that are large, but no device that sends as devices do.
 //!
+//! As it is looked at where each message ends, the messages that come in are counted here, too.
+//!
 //! Only time in which the handler waits for the client counts. A call of which the client does not wait for the end may be
 //! silent as long as it likes: keepalive tells whether the client is still there.
 
 use super::{frames::MessageCounter, method::Method, patience::Patience};
-use crate::{config::Grpc, error::Error};
+use crate::{
+    config::Grpc,
+    error::Error,
+    telemetry::{Metrics, names},
+};
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::{Body, Frame, SizeHint};
+use metrics::Counter;
 use std::{
     ops::RangeInclusive,
     pin::Pin,
@@ -52,19 +59,27 @@ impl Limits {
 
 /// Keeps clients at their pace; see the module.
 #[derive(Debug, Clone)]
-pub struct PaceLayer(Arc<Limits>);
+pub struct PaceLayer {
+    limits: Arc<Limits>,
+    received: Received,
+}
+
+/// How many messages came in, by [`Method::index`].
+type Received = Arc<[Counter]>;
 
 impl PaceLayer {
     /// With the limits of the settings.
-    pub fn new(config: &Grpc) -> Self {
+    pub fn new(config: &Grpc, metrics: &Metrics) -> Self {
         let room_max = u32::try_from(config.incoming_bytes_max / ROOM_BYTES).unwrap_or(u32::MAX);
-        Self(Arc::new(Limits {
+        let limits = Limits {
             message: ("grpc.message_timeout", config.message_timeout),
             idle: ("grpc.idle_timeout", config.idle_timeout),
             needing_bytes: config.stream_window_bytes as usize + 1..=config.message_bytes_max,
             room_max,
             room: Arc::new(Semaphore::new(room_max as usize)),
-        }))
+        };
+        let received = |method: &'static Method| metrics.counter(names::GRPC_MESSAGES_RECEIVED, &[("method", method.name.as_str().into())]);
+        Self { limits: Arc::new(limits), received: Method::all().iter().map(received).collect() }
     }
 }
 
@@ -72,7 +87,7 @@ impl<S> Layer<S> for PaceLayer {
     type Service = PaceService<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        PaceService { inner, limits: self.0.clone() }
+        PaceService { inner, limits: self.limits.clone(), received: self.received.clone() }
     }
 }
 
@@ -81,6 +96,7 @@ impl<S> Layer<S> for PaceLayer {
 pub struct PaceService<S> {
     inner: S,
     limits: Arc<Limits>,
+    received: Received,
 }
 
 impl<S, A, B> Service<Request<A>> for PaceService<S>
@@ -96,9 +112,10 @@ where
     }
 
     fn call(&mut self, request: Request<A>) -> Self::Future {
-        let is_upload = Method::of(request.uri().path()).answers_at_the_end;
+        let method = Method::of(request.uri().path());
         let pace = Pace {
-            is_upload,
+            is_upload: method.answers_at_the_end,
+            received: self.received[method.index].clone(),
             limits: self.limits.clone(),
             messages: MessageCounter::default(),
             begun: false,
@@ -113,6 +130,7 @@ struct Pace {
     limits: Arc<Limits>,
     /// Whether the client must go on between two messages, too.
     is_upload: bool,
+    received: Counter,
     messages: MessageCounter,
     /// Whether a message has come.
     begun: bool,
@@ -130,7 +148,9 @@ impl Pace {
 
     /// Takes note of what has come; whether it completed a message.
     fn note(&mut self, data: &[u8]) -> bool {
-        let completed = self.messages.feed(data) > 0;
+        let messages = self.messages.feed(data);
+        self.received.increment(messages);
+        let completed = messages > 0;
         self.begun |= completed;
         if completed {
             self.patience.renew()

@@ -77,7 +77,7 @@ where
         // What it ends is the handler's work alone.
         .layer(DeadlineLayer::new(config))
         // Innermost: it tells the handler, which ends its call itself, as it does with everything that is wrong with a request.
-        .layer(PaceLayer::new(config))
+        .layer(PaceLayer::new(config, metrics))
         .service(routes.prepare())
 }
 
