@@ -474,7 +474,7 @@ pub static SETTINGS: &[Setting] = &[
     setting(
         "history.retention_bytes_max",
         Allowed::Bytes(0..=1024 * 1024 * GIB),
-        "How much disk the database may use; beyond that the oldest readings are deleted. 0: no limit.",
+        "How much of the disk what is stored may take; beyond that the oldest readings are deleted. The files are larger by what is kept free for what comes in, and by SQLite's WAL. 0: no limit.",
     ),
     setting(
         "query.readings_max",

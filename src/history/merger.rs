@@ -34,7 +34,7 @@ const PASS_BYTES_MAX: usize = if cfg!(test) { 8 << 10 } else { 16 << 20 };
 const SENSORS_PER_STEP: usize = if cfg!(test) { 2 } else { 1_024 };
 /// How many readings are decoded and encoded at once, about, those of the chunks that are written anew among them.
 const READINGS_PER_PART: usize = if cfg!(test) { 100 } else { 1 << 17 };
-/// What one transaction writes at the most, about, so that ingest does not wait for long.
+/// What one transaction writes, about, so that ingest does not wait for long; a part is not divided.
 const BYTES_PER_TRANSACTION: usize = 256 << 10;
 const CHUNKS_PER_TRANSACTION: usize = if cfg!(test) { 3 } else { 128 };
 /// See the [module](self).

@@ -38,6 +38,9 @@ const DELETING_MAX: Duration = Duration::from_secs(10);
 /// How much free space the database keeps for what is written next: an eighth of what is used, and at least this.
 const FREE_BYTES_KEPT: u64 = 16 << 20;
 
+/// What is kept of what a round has pruned: more than that, as its bytes are those of the batches alone, and rounds differ.
+const KEPT_OF_PRUNED: u64 = 2;
+
 /// Who does the work in the background.
 pub struct Upkeep {
     store: Store,
@@ -192,8 +195,8 @@ impl Upkeep {
         while bytes_max > 0 && self.store.used_bytes().await? > bytes_max && self.delete_oldest(None, until).await? > 0 {}
         // What the log has left comes in again until the next round, if the devices go on: a file that becomes shorter and longer again and again
         // keeps the disk busy. If they do not, the next round gives it back.
-        let kept = FREE_BYTES_KEPT.max(self.store.used_bytes().await? / 8) + 2 * self.pruned_bytes;
-        while self.may_go_on(until) {
+        let kept = FREE_BYTES_KEPT.max(self.store.used_bytes().await? / 8) + KEPT_OF_PRUNED * self.pruned_bytes;
+        while Instant::now() < until || self.backlog_bytes() == 0 {
             let store = self.store.clone();
             if !self.haste().write_with(async move { store.release_space(kept).await }).await? {
                 break;

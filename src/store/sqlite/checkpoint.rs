@@ -13,14 +13,16 @@ use std::sync::{
 use tokio::sync::mpsc;
 
 /// After how many bytes, as [`WalGrowth`] counts them. A commit that syncs while pages are moved takes several times as long: it is
-/// better done seldom, when there is much. Most of that are the same pages again and again, which are moved once.
+/// better done seldom, when there is much. Of small commits most are the same pages again and again, which are moved once.
 const BYTES: u64 = if cfg!(test) { 1 << 20 } else { 64 << 20 };
-/// What a transaction writes besides the values that are counted: the pages of streams, indexes and progress, about.
-const BYTES_PER_TRANSACTION: u64 = 4 * PAGE_BYTES as u64;
+/// What a transaction writes besides what it counts itself: the last pages of tables and indexes, and that of progress.
+const BYTES_PER_TRANSACTION: u64 = 3 * PAGE_BYTES as u64;
 /// After so many pages commits do it after all: whatever is wrong here, the WAL has an end.
 pub const PAGES_IN_COMMIT: &str = "25000";
-/// How often what there is is moved while commits go on; each time there is less.
-const ROUNDS_BESIDE_COMMITS: usize = 2;
+/// How often what there is is moved while commits go on, at the most; each time there is less.
+const ROUNDS_BESIDE_COMMITS: usize = 4;
+/// When a round has moved no more pages than these, the writer need not wait for long until the rest is.
+const PAGES_LEFT: i64 = 256;
 
 /// How much the WAL has grown, and who is told when it is much.
 ///
@@ -84,8 +86,12 @@ async fn checkpoint(shared: &Shared) -> Result<(), StoreError> {
         Some(connection) => connection,
         None => SqliteConnection::connect_with(&shared.options).await?,
     };
+    let mut moved = 0;
     for _ in 0..ROUNDS_BESIDE_COMMITS {
-        move_pages(&mut at_work).await?;
+        let before = std::mem::replace(&mut moved, move_pages(&mut at_work).await?);
+        if moved - before <= PAGES_LEFT {
+            break;
+        }
     }
     let _held_back = shared.writer.lock().await;
     move_pages(&mut at_work).await?;
@@ -93,9 +99,10 @@ async fn checkpoint(shared: &Shared) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// All that no reader needs where it is.
-async fn move_pages(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
-    sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").fetch_all(connection).await.map(|_| ())
+/// All that no reader needs where it is. Returns how many of the WAL's pages are moved since it began anew.
+async fn move_pages(connection: &mut SqliteConnection) -> Result<i64, sqlx::Error> {
+    let (_busy, _pages, moved): (i64, i64, i64) = sqlx::query_as("PRAGMA wal_checkpoint(PASSIVE)").fetch_one(connection).await?;
+    Ok(moved)
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The chunks: what the log was merged into.
 
 use super::{
-    Places, ROWS_PER_STATEMENT, SqliteStore, SqliteTx,
+    PAGE_BYTES, Places, ROWS_PER_STATEMENT, SqliteStore, SqliteTx,
     rows::{chunk, column, count_column},
 };
 use crate::{
@@ -13,6 +13,8 @@ use sqlx::AssertSqlSafe;
 
 /// How many pages one step gives back to the file system, so that ingest does not wait for long.
 const RELEASED_PAGES_PER_STEP: u64 = 32;
+/// How many of the chunks that are written together have their entries in one page of the index, about.
+const CHUNKS_PER_INDEX_PAGE: usize = 4;
 
 impl SqliteTx<'_> {
     pub async fn replace_chunks(&mut self, gone: &[i64], new: &[NewChunk]) -> Result<(), StoreError> {
@@ -23,6 +25,8 @@ impl SqliteTx<'_> {
             places.pad(query).execute(&mut self.connection).await?;
         }
         self.bytes += new.iter().map(|new| new.chunk.stored_bytes()).sum::<usize>();
+        // Of the index, in which a sensor has some entries.
+        self.bytes += (gone.len() + new.len()) * PAGE_BYTES as usize / CHUNKS_PER_INDEX_PAGE;
         let head = "chunks (sensor_id, first_time, last_time, readings, complete, time_base, time_step, time_unit, time_factor, \
                     encoding, value_base, value_divisor, points, clock_corrections)";
         let tail = "AND EXISTS (SELECT 1 FROM sensors JOIN devices USING (device_id) WHERE sensor_id = column1)";
@@ -154,7 +158,9 @@ impl SqliteStore {
             return Ok(false);
         }
         let mut tx = self.begin().await?;
-        let sql = format!("PRAGMA incremental_vacuum({})", surplus.min(RELEASED_PAGES_PER_STEP));
+        let released = surplus.min(RELEASED_PAGES_PER_STEP);
+        tx.bytes = (released * page_bytes) as usize;
+        let sql = format!("PRAGMA incremental_vacuum({released})");
         // A page is released with each step of the statement: it must be gone through.
         sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut tx.connection).await?;
         tx.commit().await?;

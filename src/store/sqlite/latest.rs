@@ -29,6 +29,7 @@ impl SqliteStore {
 
     pub async fn save_latest(&self, rows: &[LatestRow], position: Option<Position>) -> Result<(), StoreError> {
         let mut tx = self.begin().await?;
+        tx.count_pages(rows.iter().map(|row| row.sensor_key));
         let head = "latest_readings (sensor_id, device_id, time, batch)";
         let tail = "AND column2 IN (SELECT device_id FROM devices) \
                     ON CONFLICT (sensor_id) DO UPDATE SET time = excluded.time, batch = excluded.batch";

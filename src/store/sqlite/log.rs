@@ -78,6 +78,7 @@ impl SqliteTx<'_> {
     }
 
     pub async fn advance_streams(&mut self, changes: &[StreamChange]) -> Result<(), StoreError> {
+        self.count_pages(changes.iter().map(|change| change.key));
         let mut changed = 0;
         for chunk in changes.chunks(ROWS_PER_STATEMENT) {
             let places = Places::of(chunk.len(), 10);
@@ -107,6 +108,7 @@ impl SqliteTx<'_> {
     }
 
     pub async fn reject(&mut self, rows: &[NewRejection], kept_max: u32) -> Result<(), StoreError> {
+        self.bytes += rows.iter().map(|row| row.batch.len()).sum::<usize>();
         let head = "rejected_batches (device_id, stream_key, sequence, receive_time, reason, field, message, readings, batch)";
         self.insert_rows(head, 9, "", rows, |query, row| {
             query

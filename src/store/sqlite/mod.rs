@@ -18,7 +18,7 @@ use sqlx::{
     query::Query,
     sqlite::{SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
-use std::{fs::File, path::Path, sync::Arc, time::Duration};
+use std::{collections::HashSet, fs::File, path::Path, sync::Arc, time::Duration};
 use tokio::sync::{Mutex, MutexGuard};
 
 /// The name of the database file in the data directory.
@@ -31,6 +31,8 @@ const PAGE_BYTES: u32 = 16 << 10;
 const WRITER_CACHE_KIB: &str = "-4096";
 /// The same of a connection that reads: what it reads it seldom reads again.
 const READER_CACHE_KIB: &str = "-2048";
+/// How many rows with little in them share a page, about.
+const ROWS_PER_PAGE: i64 = 200;
 /// How many rows one statement writes at the most.
 const ROWS_PER_STATEMENT: usize = 512;
 
@@ -191,7 +193,7 @@ fn lock_directory(directory: &Path) -> Result<File, StoreError> {
 /// A transaction that writes. Dropped before [`commit`](Self::commit) it leaves nothing.
 pub struct SqliteTx<'a> {
     wal: &'a WalGrowth,
-    // Of values that take much room.
+    // Of values that take much room, and of pages that are written for little.
     bytes: usize,
     writer: MutexGuard<'a, Writer>,
     // Of the log, if that is known.
@@ -223,6 +225,12 @@ impl SqliteTx<'_> {
         sqlx::query("ROLLBACK").execute(&mut self.connection).await?;
         self.writer.connection = Some(self.connection);
         Ok(())
+    }
+
+    /// Counts the pages of small rows that are written where they are: by their keys, which come in the order of the table.
+    fn count_pages(&mut self, keys: impl Iterator<Item = i64>) {
+        let pages: HashSet<i64> = keys.map(|key| key / ROWS_PER_PAGE).collect();
+        self.bytes += pages.len() * PAGE_BYTES as usize;
     }
 
     /// Inserts all rows that meet `tail`, some hundred rows a statement; `head` names the table and its columns. Returns how many

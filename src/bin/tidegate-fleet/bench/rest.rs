@@ -19,10 +19,12 @@ const FLAGS: [&str; 2] = ["--history-merge-interval=1s", "--live-replay-window=0
 /// The gateway's metrics of what is not merged, and of what was deleted from the log.
 const UNMERGED: &str = "tidegate_unmerged_entries";
 const PRUNED: &str = "tidegate_pruned_entries_total";
+/// How long the file is, which the gateway looks at four times a minute.
+const STORED_BYTES: &str = "tidegate_storage_bytes";
 const PRUNE_TIMEOUT: Duration = Duration::from_secs(600);
 const ASKED_INTERVAL: Duration = Duration::from_secs(1);
-/// After so many times without a further deletion there is nothing left to delete.
-const UNCHANGED_TIMES: u32 = 5;
+/// After so many times without a further deletion, and without a file that becomes shorter, there is nothing left to delete.
+const UNCHANGED_TIMES: u32 = 20;
 
 /// What was measured.
 #[derive(Debug, Serialize)]
@@ -94,10 +96,10 @@ async fn pruned(server: &Server) -> anyhow::Result<()> {
     let (mut before, mut unchanged) = (None, 0);
     while unchanged < UNCHANGED_TIMES {
         ticks.tick().await;
-        let pruned = server.metric(PRUNED).await?;
-        let settled = pruned == before && pruned > Some(0.0) && server.metric(UNMERGED).await? == Some(0.0);
+        let now = (server.metric(PRUNED).await?, server.metric(STORED_BYTES).await?);
+        let settled = Some(now) == before && now.0 > Some(0.0) && server.metric(UNMERGED).await? == Some(0.0);
         unchanged = if settled { unchanged + 1 } else { 0 };
-        before = pruned;
+        before = Some(now);
         if began.elapsed() > PRUNE_TIMEOUT {
             bail!("the log is not emptied within {PRUNE_TIMEOUT:?}");
         }
