@@ -37,7 +37,6 @@ const BACKLOG_RESTLESS: f64 = 64.0;
 const DELETING_MAX: Duration = Duration::from_secs(10);
 /// How much free space the database keeps for what is written next: an eighth of what is used, and at least this.
 const FREE_BYTES_KEPT: u64 = 16 << 20;
-
 /// What is kept of what a round has pruned: more than that, as its bytes are those of the batches alone, and rounds differ.
 const KEPT_OF_PRUNED: u64 = 2;
 
@@ -183,8 +182,8 @@ impl Upkeep {
         Ok(())
     }
 
-    /// Deletes what is too old, and of the oldest what is too much; gives back the space. When that takes long and much is to be merged, the
-    /// rest is for the next round.
+    /// Deletes what is too old, and of the oldest what is too much; gives back the space. When that takes long, the rest is for the next
+    /// round: of deleting when much is to be merged, of giving back when anything is.
     pub async fn expire(&self) -> Result<(), StoreError> {
         let until = Instant::now() + DELETING_MAX;
         let age = self.history.retention_age;

@@ -136,4 +136,19 @@ mod tests {
         tokio::time::timeout(Duration::from_secs(30), stops_growing).await.expect("it begins anew");
         store.close().await;
     }
+
+    /// A commit of a large fleet writes a page for each few streams, however little is in them.
+    #[tokio::test]
+    async fn rows_far_apart_count_as_the_pages_that_they_are_in() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let settings = Storage { data_dir: directory.path().to_owned(), ..Config::default().storage };
+        let store = SqliteStore::open(&settings).await.expect("opened");
+        let mut tx = store.begin().await.expect("begun");
+        tx.count_pages([1, 2, 3].into_iter());
+        assert_eq!(tx.bytes, PAGE_BYTES as usize);
+        tx.count_pages((0..100).map(|nth| nth * 10_000));
+        assert_eq!(tx.bytes, 101 * PAGE_BYTES as usize);
+        tx.rollback().await.expect("nothing was written");
+        store.close().await;
+    }
 }
