@@ -123,10 +123,7 @@ impl Gather {
                 let column = column?;
                 let index = device.sensors.index_of(&column, &mut next).ok_or(Unusual)?;
                 let place = device.place(index, &mut self.sensors);
-                self.sensors[place].readings.append_encoded(&self.times, frame.clock_correction, &column.values)?;
-                // Texts are counted by what they take in the batch.
-                let numbers = if frame.clock_correction == 0 { 1 } else { 2 };
-                self.bytes += numbers * size_of_val(self.times.as_slice()) + column.values.memory_bytes(self.times.len());
+                self.bytes += self.sensors[place].readings.append_encoded(&self.times, frame.clock_correction, &column.values)?;
             }
         }
         Ok(())

@@ -21,6 +21,7 @@ use crate::{
     model::{
         DeviceId, Timestamp,
         batch::{DecodedColumn, decode_stored},
+        scan::{self, Unusual},
     },
     store::{LogRow, SensorRow, Store, StoreError},
 };
@@ -40,6 +41,8 @@ const WAIT_MAX: Duration = Duration::from_secs(10);
 const OWN_BYTES: usize = 256 << 10;
 /// How many times as much room a query asks for when what it had does not do.
 const ROOM_FACTOR: usize = 4;
+/// How much of what is not merged is in memory at once before it is decoded.
+const UNMERGED_PAGE_BYTES: usize = 128 << 10;
 /// How many chunks are in memory at once: a few tens of thousands of readings.
 const CHUNKS_PER_READ: usize = 4;
 /// How many readings that are not merged go into one piece at the most: a chunk of them. Each answer that is not read holds one piece.
@@ -78,7 +81,7 @@ pub struct Reader {
     places: Arc<Semaphore>,
     // Bytes of `query.memory_bytes_max`.
     memory: Arc<Semaphore>,
-    // One of those that need more than their own: until they are decoded, the batches are in memory, too.
+    // One of those that need more than their own: what they read is much to decode, and what comes in has its share of the processors.
     turn: Arc<Semaphore>,
     slow: SlowQueries,
 }
@@ -199,11 +202,6 @@ impl Reader {
         database: &mut DatabaseTime,
         permits: Permits,
     ) -> Result<(Option<Overlay>, Permits), Failure> {
-        // All at once: between two reads a later reading of the same time could be merged, and the earlier one be preferred to it.
-        let unmerged = database.of(self.store.read_unmerged(device.key, query.start_time, query.end_time, room)).await?;
-        if !unmerged.whole {
-            return Ok((None, permits));
-        }
         let mut overlay = Overlay {
             device: device.id.clone(),
             query: query.clone(),
@@ -212,11 +210,25 @@ impl Reader {
             sensors: HashMap::new(),
             readings: 0,
             bytes: 0,
+            times: Vec::new(),
         };
-        aside(move || {
-            if !overlay.add(unmerged.rows)? {
+        // All as of one moment: else a later reading of the same time could be merged in between, and the earlier one be preferred to it.
+        let mut unmerged = self.store.read_unmerged(device.key, query.start_time, query.end_time);
+        loop {
+            let rows = database.of(unmerged.next_page(UNMERGED_PAGE_BYTES)).await?;
+            if rows.is_empty() {
+                break;
+            }
+            // Not on threads that come and go: the allocator keeps what one allocates and another frees, ten times what queries hold.
+            if !overlay.add(rows)? {
                 return Ok((None, permits));
             }
+            tokio::task::yield_now().await;
+        }
+        if overlay.sensors.values().all(Series::is_sorted) {
+            return Ok((Some(overlay), permits));
+        }
+        aside(move || {
             overlay.sensors.values_mut().for_each(|series| *series = std::mem::replace(series, Series::new(series.values.kind())).sorted());
             Ok((Some(overlay), permits))
         })
@@ -248,12 +260,23 @@ struct Overlay {
     sensors: HashMap<String, Series>,
     readings: usize,
     bytes: usize,
+    // Of the frame at hand; kept for its memory.
+    times: Vec<i64>,
 }
 
 impl Overlay {
     /// Takes the readings that are asked for; whether there was room for them.
     fn add(&mut self, rows: Vec<LogRow>) -> Result<bool, Failure> {
         for row in rows {
+            // Columns that were taken before the reader gave up come twice then; of one time the last is kept, which is the same.
+            let taken = self.add_in_place(&row.batch);
+            self.check_count()?;
+            if self.bytes > self.room {
+                return Ok(false);
+            }
+            if taken.is_ok() {
+                continue;
+            }
             let columns = decode_stored(row.batch, |sensor| self.query.wants_sensor(sensor))
                 .map_err(|why| StoreError::Damaged(format!("the batch at position {} of device {}: {why}", row.position.0, self.device)))?;
             for column in columns {
@@ -264,6 +287,42 @@ impl Overlay {
             }
         }
         Ok(true)
+    }
+
+    /// Takes the readings of a batch from its bytes, if it is written as usual and all its times are asked for, as far as there is room.
+    fn add_in_place(&mut self, batch: &[u8]) -> Result<(), Unusual> {
+        let wanted = self.query.start_time.micros()..self.query.end_micros();
+        for frame in scan::frames(batch) {
+            let frame = frame?;
+            self.times.clear();
+            for time in frame.times() {
+                self.times.push(Some(time?).filter(|time| wanted.contains(time)).ok_or(Unusual)?);
+            }
+            for column in frame.columns() {
+                let column = column?;
+                let sensor = std::str::from_utf8(column.sensor).map_err(|_| Unusual)?;
+                if !self.query.wants_sensor(sensor) {
+                    continue;
+                }
+                let series = match self.sensors.get_mut(sensor) {
+                    Some(series) => series,
+                    None => self.sensors.entry(sensor.to_owned()).or_insert(Series::new(column.values.kind)),
+                };
+                self.bytes += series.append_encoded(&self.times, frame.clock_correction, &column.values)?;
+                self.readings += self.times.len();
+                if self.bytes > self.room {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_count(&self) -> Result<(), Error> {
+        if self.readings > self.readings_max {
+            return Err(Error::QueryTooLarge { setting: "query.readings_max", limit: self.readings_max });
+        }
+        Ok(())
     }
 
     fn add_column(&mut self, DecodedColumn { sensor, times, clock_correction, values }: DecodedColumn) -> Result<(), Failure> {
@@ -280,9 +339,7 @@ impl Overlay {
         .corrected_by(clock_correction);
         self.readings += series.len();
         self.bytes += series.memory_bytes();
-        if self.readings > self.readings_max {
-            return Err(Error::QueryTooLarge { setting: "query.readings_max", limit: self.readings_max }.into());
-        }
+        self.check_count()?;
         let kind = series.values.kind();
         if self.sensors.entry(sensor).or_insert_with(|| Series::new(kind)).append(series) {
             return Ok(());

@@ -75,7 +75,8 @@ impl Series {
     }
 
     /// Takes a column of a stored batch, and what was added to its times, behind its own readings; all of it, or after an error nothing.
-    pub fn append_encoded(&mut self, times: &[i64], clock_correction: i64, values: &RawValues<'_>) -> Result<(), Unusual> {
+    /// Says how much memory that takes, texts as in the batch.
+    pub fn append_encoded(&mut self, times: &[i64], clock_correction: i64, values: &RawValues<'_>) -> Result<usize, Unusual> {
         let taken = self.append_values(values);
         if taken.is_ok() && self.values.len() == self.times.len() + times.len() {
             if self.has_corrections() || clock_correction != 0 {
@@ -83,7 +84,8 @@ impl Series {
                 self.clock_corrections.resize(self.times.len() + times.len(), clock_correction);
             }
             self.times.extend_from_slice(times);
-            return Ok(());
+            let integers = if clock_correction == 0 { 1 } else { 2 };
+            return Ok(integers * size_of_val(times) + values.memory_bytes(times.len()));
         }
         self.values.truncate(self.times.len());
         Err(Unusual)
@@ -120,9 +122,14 @@ impl Series {
         if rows == (0..self.len()) { self } else { self.slice(rows) }
     }
 
+    /// Whether they are in the order of time, and each time is there once.
+    pub fn is_sorted(&self) -> bool {
+        self.times.is_sorted_by(|a, b| a < b)
+    }
+
     /// In the order of time; of several readings of one time the last, which is the one stored last.
     pub fn sorted(self) -> Self {
-        if self.times.is_sorted_by(|a, b| a < b) {
+        if self.is_sorted() {
             return self;
         }
         let mut order: Vec<usize> = (0..self.times.len()).collect();

@@ -3,15 +3,20 @@
 use super::{
     AuditQuery, AuditRow, ChunkSpan, ConfigReportRow, ConfigRevisionRow, ConfigStateRow, Count, CredentialKind, CredentialRow,
     DeadLetterRow, DeviceKey, DeviceRow, Extent, LatestRow, LedgerRow, LogRow, LogSize, Migrated, NewChunk, NewLogRow, NewRejection,
-    OperatorKey, OperatorRow, SensorRow, StoreError, StreamChange, StreamRow, Unmerged,
-    postgres::{PostgresChanges, PostgresStore, PostgresTx, answered, read},
-    sqlite::{SqliteStore, SqliteTx},
+    OperatorKey, OperatorRow, SensorRow, StoreError, StreamChange, StreamRow,
+    postgres::{self, PostgresChanges, PostgresStore, PostgresTx, answered, read},
+    sqlite::{self, SqliteStore, SqliteTx},
 };
 use crate::{
     config::Storage,
     history::chunk::Chunk,
     model::{DeviceId, Labels, Position, StreamId, Timestamp},
 };
+use futures_util::{
+    StreamExt,
+    stream::{BoxStream, Fuse},
+};
+use sqlx::{postgres::PgRow, sqlite::SqliteRow};
 use std::collections::HashMap;
 
 /// The store that the gateway runs on. Cheap to clone.
@@ -29,6 +34,24 @@ pub enum WriteTx<'a> {
     Sqlite(SqliteTx<'a>),
     /// Into the shared database.
     Postgres(PostgresTx<'a>),
+}
+
+/// Rows of the log that are not in the chunks, in order. All are as of one moment, however long it takes to take them.
+pub enum Unmerged<'a> {
+    /// Of the file.
+    Sqlite(Fuse<BoxStream<'a, Result<SqliteRow, sqlx::Error>>>),
+    /// Of the shared database.
+    Postgres(Fuse<BoxStream<'a, Result<PgRow, sqlx::Error>>>),
+}
+
+impl Unmerged<'_> {
+    /// The next rows, until they have `bytes_max`; none at the end.
+    pub async fn next_page(&mut self, bytes_max: usize) -> Result<Vec<LogRow>, StoreError> {
+        match self {
+            Self::Sqlite(rows) => sqlite::log_page(rows, bytes_max).await,
+            Self::Postgres(rows) => read(postgres::log_page(rows, bytes_max)).await,
+        }
+    }
 }
 
 /// Methods that call the same method of the store or transaction at hand; those of the store only read.
@@ -142,6 +165,14 @@ impl Store {
         }
     }
 
+    /// Begins to read what of a device's batches is not in the chunks, of those that reach into the times.
+    pub fn read_unmerged(&self, device: DeviceKey, start_time: Timestamp, end_time: Option<Timestamp>) -> Unmerged<'_> {
+        match self {
+            Self::Sqlite(store) => Unmerged::Sqlite(store.read_unmerged(device, start_time, end_time).fuse()),
+            Self::Postgres(store) => Unmerged::Postgres(store.read_unmerged(device, start_time, end_time).fuse()),
+        }
+    }
+
     hand_on! {
         /// The last durable sequence of a stream; 0 when there is no such stream.
         async fn last_sequence(&self, device: DeviceKey, stream_id: StreamId) -> Result<u64, StoreError>;
@@ -163,15 +194,6 @@ impl Store {
 
         /// As [`read_log`](Self::read_log); `None` when rows behind `after` have been deleted since they were merged.
         async fn read_log_unbroken(&self, after: Position, rows_max: usize, bytes_max: usize) -> Result<Option<Vec<LogRow>>, StoreError>;
-
-        /// What of a device's batches is not in the chunks, of those that reach into the times: about `bytes_max` at the most.
-        async fn read_unmerged(
-            &self,
-            device: DeviceKey,
-            start_time: Timestamp,
-            end_time: Option<Timestamp>,
-            bytes_max: usize,
-        ) -> Result<Unmerged, StoreError>;
 
         /// How large the rows behind `after` are, in order: at most `rows_max`.
         async fn log_sizes(&self, after: Position, rows_max: usize) -> Result<Vec<LogSize>, StoreError>;

@@ -12,7 +12,7 @@ mod sqlite;
 #[cfg(test)]
 pub mod test_databases;
 
-pub use either::{Store, WriteTx};
+pub use either::{Store, Unmerged, WriteTx};
 pub use identity::{AuditQuery, AuditRow, CredentialKind, CredentialRow, OperatorKey, OperatorRow};
 pub use postgres::PostgresChanges;
 pub use sqlite::backup;
@@ -308,15 +308,6 @@ pub struct LogRow {
     pub batches: u64,
     /// Their bytes, one behind the other.
     pub batch: Bytes,
-}
-
-/// What of the log is not in the chunks.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unmerged {
-    /// The rows, in order.
-    pub rows: Vec<LogRow>,
-    /// Whether that is all: `false` when there were more bytes than asked for.
-    pub whole: bool,
 }
 
 /// A row of the log without its batch.

@@ -172,21 +172,20 @@ macro_rules! row_readers {
             })
         }
 
-        /// Takes rows until they have `bytes_max`; whether that were all.
+        /// Takes rows until they have `bytes_max`, or there are no more.
         pub async fn log_page(
             mut found: impl Stream<Item = Result<$row, sqlx::Error>> + Unpin,
             bytes_max: usize,
-        ) -> Result<(Vec<LogRow>, bool), StoreError> {
+        ) -> Result<Vec<LogRow>, StoreError> {
             let (mut rows, mut bytes) = (Vec::new(), 0);
-            while let Some(row) = found.try_next().await? {
-                if bytes >= bytes_max {
-                    return Ok((rows, false));
-                }
+            while bytes < bytes_max
+                && let Some(row) = found.try_next().await?
+            {
                 let row = log_row(&row)?;
                 bytes += row.batch.len();
                 rows.push(row);
             }
-            Ok((rows, true))
+            Ok(rows)
         }
 
         pub fn log_size(row: &$row) -> Result<LogSize, StoreError> {

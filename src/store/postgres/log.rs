@@ -9,11 +9,14 @@ use crate::{
     model::{Position, StreamId, Timestamp, batch::reason_name},
     store::{
         Count, DeadLetterRow, DeviceKey, LedgerRow, LogRow, LogSize, NewLogRow, NewRejection, StoreError, StreamChange, StreamRow,
-        Unmerged, rows::as_integer,
+        rows::as_integer,
     },
 };
-use futures_util::TryStreamExt;
-use sqlx::{Row, postgres::PgBindIterExt};
+use futures_util::{TryStreamExt, stream::BoxStream};
+use sqlx::{
+    Row,
+    postgres::{PgBindIterExt, PgRow},
+};
 use std::collections::HashMap;
 
 /// How many streams a ledger shows.
@@ -237,7 +240,7 @@ impl PostgresStore {
         let query =
             sqlx::query("SELECT position, device_id, receive_time, batches, batch FROM log WHERE position > $1 ORDER BY position LIMIT $2");
         let found = query.bind(after.0).bind(rows_max as i64).fetch(self.readers());
-        Ok(log_page(found, bytes_max).await?.0)
+        log_page(found, bytes_max).await
     }
 
     pub async fn read_log_unbroken(&self, after: Position, rows_max: usize, bytes_max: usize) -> Result<Option<Vec<LogRow>>, StoreError> {
@@ -250,18 +253,17 @@ impl PostgresStore {
         let query =
             sqlx::query("SELECT position, device_id, receive_time, batches, batch FROM log WHERE position > $1 ORDER BY position LIMIT $2");
         let found = query.bind(after.0).bind(rows_max as i64).fetch(&mut *tx);
-        log_page(found, bytes_max).await.map(|(rows, _)| Some(rows))
+        log_page(found, bytes_max).await.map(Some)
     }
 
-    pub async fn read_unmerged(
+    pub fn read_unmerged(
         &self,
         device: DeviceKey,
         start_time: Timestamp,
         end_time: Option<Timestamp>,
-        bytes_max: usize,
-    ) -> Result<Unmerged, StoreError> {
+    ) -> BoxStream<'_, Result<PgRow, sqlx::Error>> {
         // One statement, and so one snapshot: a row is either behind 'merged' here, or in the chunks for whoever reads them later.
-        let found = sqlx::query(
+        sqlx::query(
             "SELECT position, device_id, receive_time, batches, batch FROM log \
              WHERE position > (SELECT position FROM progress WHERE name = 'merged') \
                  AND device_id = $1 AND last_time >= $2 AND first_time < $3 ORDER BY position",
@@ -269,9 +271,7 @@ impl PostgresStore {
         .bind(device.0)
         .bind(start_time.micros())
         .bind(end_time.map_or(i64::MAX, Timestamp::micros))
-        .fetch(self.readers());
-        let (rows, whole) = log_page(found, bytes_max).await?;
-        Ok(Unmerged { rows, whole })
+        .fetch(self.readers())
     }
 
     pub async fn log_sizes(&self, after: Position, rows_max: usize) -> Result<Vec<LogSize>, StoreError> {

@@ -13,6 +13,7 @@ mod identity;
 mod latest;
 mod log;
 mod rows;
+pub(super) use rows::log_page;
 
 pub use changes::PostgresChanges;
 

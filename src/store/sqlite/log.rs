@@ -8,11 +8,11 @@ use crate::{
     model::{Position, StreamId, Timestamp, batch::reason_name},
     store::{
         Count, DeadLetterRow, DeviceKey, LedgerRow, LogRow, LogSize, NewLogRow, NewRejection, StoreError, StreamChange, StreamRow,
-        Unmerged, rows::as_integer,
+        rows::as_integer,
     },
 };
-use futures_util::TryStreamExt;
-use sqlx::{AssertSqlSafe, Row};
+use futures_util::{TryStreamExt, stream::BoxStream};
+use sqlx::{AssertSqlSafe, Row, sqlite::SqliteRow};
 use std::collections::HashMap;
 
 /// How many streams a ledger shows.
@@ -199,7 +199,7 @@ impl SqliteStore {
         let query =
             sqlx::query("SELECT position, device_id, receive_time, batches, batch FROM log WHERE position > ? ORDER BY position LIMIT ?");
         let found = query.bind(after.0).bind(rows_max as i64).fetch(self.readers());
-        Ok(log_page(found, bytes_max).await?.0)
+        log_page(found, bytes_max).await
     }
 
     pub async fn read_log_unbroken(&self, after: Position, rows_max: usize, bytes_max: usize) -> Result<Option<Vec<LogRow>>, StoreError> {
@@ -212,24 +212,21 @@ impl SqliteStore {
         let query =
             sqlx::query("SELECT position, device_id, receive_time, batches, batch FROM log WHERE position > ? ORDER BY position LIMIT ?");
         let found = query.bind(after.0).bind(rows_max as i64).fetch(&mut *tx);
-        log_page(found, bytes_max).await.map(|(rows, _)| Some(rows))
+        log_page(found, bytes_max).await.map(Some)
     }
 
-    pub async fn read_unmerged(
+    pub fn read_unmerged(
         &self,
         device: DeviceKey,
         start_time: Timestamp,
         end_time: Option<Timestamp>,
-        bytes_max: usize,
-    ) -> Result<Unmerged, StoreError> {
+    ) -> BoxStream<'_, Result<SqliteRow, sqlx::Error>> {
         // One statement, and so one snapshot: a row is either behind 'merged' here, or in the chunks for whoever reads them later.
-        let found = sqlx::query("SELECT position, device_id, receive_time, batches, batch FROM log WHERE position > (SELECT position FROM progress WHERE name = 'merged') AND device_id = ? AND last_time >= ? AND first_time < ? ORDER BY position")
+        sqlx::query("SELECT position, device_id, receive_time, batches, batch FROM log WHERE position > (SELECT position FROM progress WHERE name = 'merged') AND device_id = ? AND last_time >= ? AND first_time < ? ORDER BY position")
             .bind(device.0)
             .bind(start_time.micros())
             .bind(end_time.map_or(i64::MAX, Timestamp::micros))
-            .fetch(self.readers());
-        let (rows, whole) = log_page(found, bytes_max).await?;
-        Ok(Unmerged { rows, whole })
+            .fetch(self.readers())
     }
 
     pub async fn log_sizes(&self, after: Position, rows_max: usize) -> Result<Vec<LogSize>, StoreError> {

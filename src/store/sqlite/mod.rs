@@ -9,6 +9,7 @@ mod identity;
 mod latest;
 mod log;
 mod rows;
+pub(super) use rows::log_page;
 
 use self::checkpoint::{Checkpointer, WalGrowth};
 use super::{Migrated, StoreError};

@@ -183,18 +183,28 @@ async fn what_is_not_merged_is_read_by_device_and_time(database: Database) {
     };
     fixture.append(&[spanning(1, 0, 9), spanning(2, 10, 19), entry(other, 1, 15, b"x"), spanning(3, 5, 25), spanning(4, 30, 39)]).await;
     let unmerged = async |start, end: Option<i64>, bytes_max| {
-        let found = store.read_unmerged(*device, at(start), end.map(at), bytes_max).await.expect("read");
-        (found.rows.iter().map(|row| row.position.0).collect::<Vec<_>>(), found.whole)
+        let (mut rows, mut pages) = (store.read_unmerged(*device, at(start), end.map(at)), Vec::new());
+        loop {
+            let page = rows.next_page(bytes_max).await.expect("read");
+            pages.push(page.iter().map(|row| row.position.0).collect::<Vec<_>>());
+            if page.is_empty() {
+                return pages;
+            }
+        }
     };
-    assert_eq!(unmerged(0, None, usize::MAX).await, (vec![1, 2, 4, 5], true));
-    assert_eq!(unmerged(19, Some(30), usize::MAX).await, (vec![2, 4], true), "the end is not in the span, the start is");
-    assert_eq!(unmerged(0, None, 20).await, (vec![1, 2], false));
-    assert_eq!(unmerged(0, None, 40).await, (vec![1, 2, 4, 5], true));
+    assert_eq!(unmerged(0, None, usize::MAX).await, [vec![1, 2, 4, 5], vec![]]);
+    assert_eq!(unmerged(19, Some(30), usize::MAX).await, [vec![2, 4], vec![]], "the end is not in the span, the start is");
+    assert_eq!(unmerged(0, None, 20).await, [vec![1, 2], vec![4, 5], vec![]]);
+    let mut begun = store.read_unmerged(*device, at(0), None);
+    let first = begun.next_page(1).await.expect("read");
     let mut tx = store.begin().await.expect("begun");
     tx.set_merged(Position(2)).await.expect("noted");
     tx.commit().await.expect("committed");
     assert_eq!(store.merged_position().await.expect("read"), Position(2));
-    assert_eq!(unmerged(0, None, usize::MAX).await, (vec![4, 5], true));
+    assert_eq!(unmerged(0, None, usize::MAX).await, [vec![4, 5], vec![]]);
+    let rest = begun.next_page(usize::MAX).await.expect("read");
+    assert_eq!((first.len(), rest.len()), (1, 3), "as of when it was begun");
+    drop(begun);
     store.close().await;
 }
 

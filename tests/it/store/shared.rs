@@ -87,7 +87,7 @@ async fn whatever_is_asked_of_a_server_that_hangs_ends_with_an_error() {
         let reading = async {
             tokio::join!(
                 async { failed(store.read_log_unbroken(Position(0), 1, 1).await) },
-                async { failed(store.read_unmerged(device, at(0), None, 1).await) },
+                async { failed(store.read_unmerged(device, at(0), None).next_page(1).await) },
                 async { failed(store.chunks_around(&[extent]).await) },
                 async { failed(store.latest().await) },
                 async { failed(store.ledger(device).await) },
