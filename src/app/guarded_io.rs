@@ -36,7 +36,7 @@ const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const ENHANCE_YOUR_CALM: u8 = 11;
 
 /// How far calls come apart, on average: so that even with all its calls reset a connection has them at no more than five hundred a second.
-const APART: Duration = Duration::from_millis(2);
+pub const CALLS_APART: Duration = Duration::from_millis(2);
 /// For how long they do behind each that was reset: who has half of all its calls reset is slowed all the time.
 const APART_FOR: Duration = Duration::from_millis(4);
 /// And behind any number of them: nobody is slowed for long behind the last one.
@@ -131,7 +131,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
         });
         self.control.take(units, &self.limits.control)?;
         if calls > 0 && self.apart_until.is_some() {
-            self.control.hold_for(APART * calls);
+            self.control.hold_for(CALLS_APART * calls);
         }
         self.note_resets(resets);
         Ok(())
@@ -297,7 +297,7 @@ mod tests {
         let (_client, mut connection) = connection(&[resets.clone(), calls()].concat()).await;
         connection.read_exact(&mut vec![0; resets.len()]).await.expect("the resets");
         // Nobody is held behind the last of them.
-        assert!(read_calls(&mut connection).await >= APART * (CALLS - (SHORT_READ_BYTES / CALL_BYTES) as u32 - 1));
+        assert!(read_calls(&mut connection).await >= CALLS_APART * (CALLS - (SHORT_READ_BYTES / CALL_BYTES) as u32 - 1));
     }
 
     #[tokio::test]

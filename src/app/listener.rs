@@ -4,13 +4,14 @@
 //! system, ends the listener; when [`Listener::serve`] returns, every connection is closed and no work on a call is left.
 
 use super::{
+    arrivals::Arrivals,
     control_rate::ControlLimits,
-    guarded_io::{GuardedIo, IoLimits},
+    guarded_io::{CALLS_APART, GuardedIo, IoLimits},
     io::GrpcIo,
 };
 use crate::{
     config::Grpc,
-    middleware::{CallTask, Draining},
+    middleware::{CallTask, Draining, Refusals},
     telemetry::{Metrics, names},
     tls::{PeerCertificate, Tls},
 };
@@ -25,7 +26,7 @@ use std::{
     collections::VecDeque,
     convert::Infallible,
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     ops::Range,
     pin::{Pin, pin},
     sync::{
@@ -60,6 +61,13 @@ const FLOOD_HELD_MAX: Duration = Duration::from_secs(10);
 
 /// By which factor connections become older or less old than the setting says: made all at once, they should not end all at once.
 const AGE_JITTER: Range<f64> = 0.9..1.1;
+
+/// How much later the next connection of an address begins behind one that was for nothing: it had to be ended as it broke HTTP/2's
+/// rules, or all its calls were refused.
+const FUTILE_COST: Duration = Duration::from_millis(20);
+
+/// How many calls a connection may leave open at no cost: as many as a device has.
+const CALLS_LEFT_FREE: usize = 8;
 
 /// How long the calls of a connection whose client certificate was revoked are given to end well.
 const REVOKED_LINGER: Duration = Duration::from_millis(500);
@@ -113,10 +121,10 @@ impl Listener {
     {
         let Self { socket, connections_max, tls, server, .. } = self;
         let free = Arc::new(Semaphore::new(connections_max));
-        while let Some((stream, permit)) = stop.drain.run_until_cancelled(server.accept(&socket, &free)).await {
+        while let Some((stream, client, permit)) = stop.drain.run_until_cancelled(server.accept(&socket, &free)).await {
             server.metrics.accepted.increment(1);
             let open = OpenConnection::new(&server.metrics.open, permit);
-            let connection = server.clone().serve(stream, tls.clone(), service.clone(), stop.clone());
+            let connection = server.clone().serve(stream, client, tls.clone(), service.clone(), stop.clone());
             server.tasks.spawn(connection.map(move |ended| {
                 let _open = open;
                 // Not an error of the gateway: peers go away, speak other protocols, break rules.
@@ -173,6 +181,7 @@ struct Server {
     config: Grpc,
     io_limits: IoLimits,
     metrics: ListenerMetrics,
+    arrivals: Arrivals,
     /// Connections, and the calls on them.
     tasks: TaskTracker,
 }
@@ -189,15 +198,21 @@ impl Server {
             flooding: ended(metrics, "flood"),
             unread: ended(metrics, "unread"),
         };
-        Self { config: config.clone(), io_limits, metrics: ListenerMetrics::new(metrics), tasks: TaskTracker::new() }
+        Self {
+            config: config.clone(),
+            io_limits,
+            metrics: ListenerMetrics::new(metrics),
+            arrivals: Arrivals::default(),
+            tasks: TaskTracker::new(),
+        }
     }
 
     /// The next connection, as soon as one more may be open: until then it waits in the listen queue.
-    async fn accept(&self, socket: &TcpListener, free: &Arc<Semaphore>) -> (TcpStream, OwnedSemaphorePermit) {
+    async fn accept(&self, socket: &TcpListener, free: &Arc<Semaphore>) -> (TcpStream, IpAddr, OwnedSemaphorePermit) {
         let permit = free.clone().acquire_owned().await.expect("the semaphore is never closed");
         loop {
             match socket.accept().await {
-                Ok((stream, _)) => return (stream, permit),
+                Ok((stream, client)) => return (stream, client.ip(), permit),
                 // Gone before it was accepted: that one's own matter (accept(2)).
                 Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
                 Err(error) => {
@@ -216,6 +231,7 @@ impl Server {
     fn serve<S, B>(
         self: Arc<Self>,
         stream: TcpStream,
+        client: IpAddr,
         tls: Option<Tls>,
         service: S,
         stop: Stop,
@@ -229,33 +245,34 @@ impl Server {
         async move {
             let info: TcpConnectInfo = stream.connect_info();
             // Who has not even begun has no calls that could be waited for.
-            let begun = stop.drain.run_until_cancelled(Box::pin(self.begin(stream, tls))).await;
+            let begun = stop.drain.run_until_cancelled(Box::pin(self.begin(stream, client, tls))).await;
             let Some(begun) = begun else { return Ok(()) };
             let (io, peer) = begun?;
             let revoked = peer.as_ref().map(|peer| peer.revoked.clone()).unwrap_or_default();
             let draining = stop.drain.child_token();
+            let calls = Arc::new(Calls::default());
             let service = service_fn({
-                let draining = Draining(draining.clone());
+                let (draining, refusals) = (Draining(draining.clone()), calls.refused.clone());
                 move |mut request: Request<Incoming>| {
                     request.extensions_mut().insert(info.clone());
                     request.extensions_mut().insert(draining.clone());
                     if let Some(peer) = &peer {
                         request.extensions_mut().insert(peer.clone());
                     }
+                    request.extensions_mut().insert(refusals.clone());
                     service.clone().oneshot(request)
                 }
             });
-            let calls = Arc::new(Calls::default());
             let mut connection = pin!(self.http(&calls).serve_connection(TokioIo::new(io), service));
             tokio::select! {
-                ended = connection.as_mut() => return Ok(ended?),
+                ended = connection.as_mut() => return self.settle(client, &calls, ended),
                 () = draining.cancelled() => {}
                 () = self.served_its_time(&calls) => draining.cancel(),
                 () = revoked.cancelled() => {}
             }
             connection.as_mut().graceful_shutdown();
             tokio::select! {
-                ended = connection => Ok(ended?),
+                ended = connection => self.settle(client, &calls, ended),
                 () = stop.cut.cancelled() => Ok(()),
                 () = async { revoked.cancelled().await; time::sleep(REVOKED_LINGER).await } => Ok(()),
                 // At a stop of the whole gateway that decides alone.
@@ -264,8 +281,27 @@ impl Server {
         }
     }
 
+    /// Charges what a connection left behind, which was not ended here, to the address that it came from.
+    fn settle(&self, client: IpAddr, calls: &Calls, ended: hyper::Result<()>) -> Result<(), BoxError> {
+        let left_open = calls.open.load(Relaxed).saturating_sub(CALLS_LEFT_FREE);
+        let futile = ended.as_ref().err().is_some_and(has_broken_rules) || calls.all_refused();
+        if futile || left_open > 0 {
+            let cost = if futile { FUTILE_COST } else { Duration::ZERO };
+            self.arrivals.charge(client, cost + CALLS_APART * u32::try_from(left_open).unwrap_or(u32::MAX));
+        }
+        Ok(ended?)
+    }
+
     /// Does what comes before HTTP/2: the TLS handshake, if there is to be one, and the client's preface.
-    async fn begin(&self, stream: TcpStream, tls: Option<Tls>) -> Result<(GuardedIo<GrpcIo>, Option<Arc<PeerCertificate>>), BoxError> {
+    async fn begin(
+        &self,
+        stream: TcpStream,
+        client: IpAddr,
+        tls: Option<Tls>,
+    ) -> Result<(GuardedIo<GrpcIo>, Option<Arc<PeerCertificate>>), BoxError> {
+        if let Some(begins_at) = self.arrivals.begins_at(client) {
+            time::sleep_until(begins_at).await;
+        }
         // Acknowledgements are small and somebody waits for each: never hold one back to fill a packet.
         stream.set_nodelay(true)?;
         let Secured { io, peer } = Secured::new(stream, tls).await?;
@@ -309,6 +345,13 @@ impl Server {
     }
 }
 
+/// Whether a connection was ended with a GOAWAY for what its client sent, and not by a network.
+fn has_broken_rules(error: &hyper::Error) -> bool {
+    std::error::Error::source(error)
+        .and_then(|source| source.downcast_ref::<h2::Error>())
+        .is_some_and(|error| error.is_go_away() && error.is_library())
+}
+
 /// A connection behind its handshake, if there is one.
 struct Secured {
     io: GrpcIo,
@@ -328,7 +371,16 @@ impl Secured {
 struct Calls {
     begun: AtomicUsize,
     open: AtomicUsize,
+    refused: Refusals,
     beginnings: Mutex<Beginnings>,
+}
+
+impl Calls {
+    /// Whether there were calls, and none that was not refused.
+    fn all_refused(&self) -> bool {
+        let begun = self.begun.load(Relaxed);
+        begun > 0 && begun == self.refused.count()
+    }
 }
 
 /// A connection's calls begin one after the other: one that begins hundreds at once gets no more turns than those with a single call,

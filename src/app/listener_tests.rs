@@ -1,11 +1,18 @@
 //! Guarantee: open calls end well at a drain and at the latest at the cut; no peer can take the listener down or keep a place.
 
+use super::{CALLS_APART, CALLS_LEFT_FREE, Calls, FUTILE_COST, Server};
 use crate::{
+    config::Config,
     middleware::tests::support::{Gateway, LARGE_MESSAGES, eventually, follow, position_of, soon},
     pb::UploadRequest,
+    telemetry::Metrics,
 };
 use futures_util::StreamExt;
-use std::time::Duration;
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    sync::atomic::Ordering::Relaxed,
+    time::{Duration, Instant},
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -103,6 +110,43 @@ async fn other_protocols_do_no_harm() {
         let _ = soon("the end", stream.read_to_end(&mut answer)).await;
     }
     gateway.telemetry().await.get_upload_position(position_of("")).await.expect("it serves on");
+}
+
+/// Scenario: a client comes again as soon as its connection has been ended. Guarantee: it is served, but not as often as it likes.
+#[tokio::test]
+async fn who_breaks_the_protocol_over_and_over_waits() {
+    const CONNECTIONS: u32 = 5;
+    let gateway = Gateway::start(|_| ()).await;
+    let began = Instant::now();
+    for _ in 0..CONNECTIONS {
+        let mut stream = TcpStream::connect(gateway.address).await.expect("it listens");
+        // DATA on stream 0, which there is not (RFC 9113 section 6.1).
+        stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\0").await.expect("it is taken");
+        let _ = soon("the end", stream.read_to_end(&mut Vec::new())).await;
+        eventually("it is closed", || gateway.value("tidegate_grpc_connections_open") == 0.0).await;
+    }
+    assert!(began.elapsed() >= FUTILE_COST * (CONNECTIONS - 1), "{:?}", began.elapsed());
+    gateway.telemetry().await.get_upload_position(position_of("")).await.expect("it serves on");
+}
+
+#[tokio::test]
+async fn what_a_connection_leaves_behind_is_charged_to_its_address() {
+    let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    let charged = |begun: usize, refused: usize, open: usize| {
+        let server = Server::new(&Config::default().grpc, &Metrics::new());
+        let calls = Calls::default();
+        calls.begun.store(begun, Relaxed);
+        calls.open.store(open, Relaxed);
+        (0..refused).for_each(|_| calls.refused.note());
+        let now = tokio::time::Instant::now();
+        server.settle(client, &calls, Ok(())).expect("it ended well");
+        server.arrivals.begins_at(client).map_or(Duration::ZERO, |begins_at| begins_at - now)
+    };
+    assert_eq!(charged(0, 0, 0), Duration::ZERO, "a probe");
+    assert_eq!(charged(3, 2, 0), Duration::ZERO, "one call was for something");
+    assert!(charged(3, 3, 0) >= FUTILE_COST);
+    assert_eq!(charged(CALLS_LEFT_FREE, 0, CALLS_LEFT_FREE), Duration::ZERO, "a device that lost its network");
+    assert!(charged(100, 0, CALLS_LEFT_FREE + 50) >= CALLS_APART * 50);
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! The gateway as a whole: build, run, drain. The one module that knows all others.
 
+mod arrivals;
 mod control_rate;
 pub(crate) mod frames;
 mod guarded_io;

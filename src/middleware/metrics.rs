@@ -13,7 +13,10 @@ use http_body::{Body, Frame, SizeHint};
 use metrics::{Counter, Gauge, Histogram};
 use std::{
     pin::Pin,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     task::{Context, Poll, ready},
     time::Instant,
 };
@@ -101,8 +104,24 @@ where
 
     fn call(&mut self, request: Request<A>) -> Self::Future {
         let metrics = &self.methods[Method::of(request.uri().path()).index];
-        let record = CallRecord::start(metrics.clone());
+        let record = CallRecord::start(metrics.clone(), request.extensions().get().cloned());
         MetricsFuture { inner: self.inner.call(request), record: Some(record) }
+    }
+}
+
+/// How many calls of a connection were refused for what they asked. In the extensions of each request.
+#[derive(Debug, Clone, Default)]
+pub struct Refusals(Arc<AtomicUsize>);
+
+impl Refusals {
+    /// One more.
+    pub fn note(&self) {
+        self.0.fetch_add(1, Relaxed);
+    }
+
+    /// How many so far.
+    pub fn count(&self) -> usize {
+        self.0.load(Relaxed)
     }
 }
 
@@ -112,13 +131,15 @@ struct CallRecord {
     started: Instant,
     outcome: Outcome,
     messages: MessageCounter,
+    // Of a request that came by no connection: none.
+    refusals: Option<Refusals>,
 }
 
 impl CallRecord {
-    fn start(metrics: Arc<MethodMetrics>) -> Self {
+    fn start(metrics: Arc<MethodMetrics>, refusals: Option<Refusals>) -> Self {
         metrics.started.increment(1);
         metrics.in_flight.increment(1);
-        Self { metrics, started: Instant::now(), outcome: Outcome::default(), messages: MessageCounter::default() }
+        Self { metrics, started: Instant::now(), outcome: Outcome::default(), messages: MessageCounter::default(), refusals }
     }
 }
 
@@ -126,7 +147,13 @@ impl Drop for CallRecord {
     fn drop(&mut self) {
         self.metrics.in_flight.decrement(1);
         self.metrics.duration.record(self.started.elapsed());
-        self.metrics.ended(self.outcome.code()).increment(1);
+        let code = self.outcome.code();
+        self.metrics.ended(code).increment(1);
+        if let (Some(refusals), false) =
+            (&self.refusals, matches!(code, Code::Ok | Code::Cancelled | Code::DeadlineExceeded | Code::Unavailable))
+        {
+            refusals.note();
+        }
     }
 }
 
