@@ -13,6 +13,7 @@
 //! too, but not where nothing is wrong (NO_ERROR): so it ends an upload that it answers before the client is done.
 
 use super::{
+    arrivals::{Account, FUTILE_COST},
     control_rate::{ControlLimits, ControlRate, Flood, units_of},
     frames::{FrameHeader, FrameScanner},
 };
@@ -21,6 +22,7 @@ use metrics::Counter;
 use std::{
     io::{self, IoSlice},
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -45,7 +47,6 @@ const APART_FOR_MAX: Duration = Duration::from_millis(500);
 const SHORT_READ_BYTES: usize = 512;
 
 /// What a connection may do.
-#[derive(Clone)]
 pub struct IoLimits {
     /// How many control frames a client may send, beside those that answer DATA.
     pub control: ControlLimits,
@@ -60,7 +61,8 @@ pub struct IoLimits {
 /// A connection whose client has begun to speak HTTP/2; see the [module](self).
 pub struct GuardedIo<T> {
     inner: T,
-    limits: IoLimits,
+    limits: Arc<IoLimits>,
+    account: Account,
     /// How much of the preface, which was read to get here, is still to be shown.
     preface_bytes: u8,
     inbound: FrameScanner,
@@ -76,7 +78,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
     /// Waits for the client connection preface.
     ///
     /// hyper's keepalive begins behind the preface: to wait for it here lets the caller limit how long.
-    pub async fn accept(mut inner: T, limits: IoLimits) -> io::Result<Self> {
+    pub async fn accept(mut inner: T, limits: Arc<IoLimits>, account: Account) -> io::Result<Self> {
         let mut preface = [0; PREFACE.len()];
         inner.read_exact(&mut preface).await?;
         if preface != *PREFACE {
@@ -85,6 +87,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
         Ok(Self {
             inner,
             limits,
+            account,
             preface_bytes: PREFACE.len() as u8,
             inbound: FrameScanner::default(),
             outbound: FrameScanner::default(),
@@ -195,6 +198,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for GuardedIo<T> {
         if this.note_received(&buf.filled()[before..]).is_err() {
             buf.set_filled(before);
             this.limits.flooding.increment(1);
+            this.account.charge(FUTILE_COST);
             this.say_goaway(cx);
             return Poll::Ready(Err(io::Error::other("too many control frames")));
         }
@@ -234,10 +238,20 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedIo<T> {
     }
 }
 
+impl<T> Drop for GuardedIo<T> {
+    fn drop(&mut self) {
+        // Else who resets calls would come again at once, without a past.
+        if let Some(until) = self.apart_until {
+            self.account.charge(until.saturating_duration_since(Instant::now()));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use futures_util::FutureExt;
+    use std::net::Ipv4Addr;
     use tokio::io::{AsyncWriteExt, DuplexStream, duplex};
 
     const CALLS: u32 = 30;
@@ -272,7 +286,9 @@ mod tests {
             flooding: Counter::noop(),
             unread: Counter::noop(),
         };
-        let mut connection = GuardedIo::accept(gateway, limits).await.expect("it is HTTP/2");
+        let mut connection = GuardedIo::accept(gateway, Arc::new(limits), Account::of(&Arc::default(), Ipv4Addr::LOCALHOST.into()))
+            .await
+            .expect("it is HTTP/2");
         connection.read_exact(&mut [0; PREFACE.len()]).await.expect("shown once more");
         (client, connection)
     }
@@ -298,6 +314,16 @@ mod tests {
         connection.read_exact(&mut vec![0; resets.len()]).await.expect("the resets");
         // Nobody is held behind the last of them.
         assert!(read_calls(&mut connection).await >= CALLS_APART * (CALLS - (SHORT_READ_BYTES / CALL_BYTES) as u32 - 1));
+    }
+
+    #[tokio::test]
+    async fn the_next_connection_goes_on_where_this_one_ended() {
+        let (_client, mut connection) = connection(&[]).await;
+        connection.note_resets(100);
+        let (account, now) = (connection.account.clone(), Instant::now());
+        assert_eq!(account.begins_at(now), None);
+        drop(connection);
+        assert!(account.begins_at(now).is_some());
     }
 
     #[tokio::test]

@@ -4,14 +4,14 @@
 //! system, ends the listener; when [`Listener::serve`] returns, every connection is closed and no work on a call is left.
 
 use super::{
-    arrivals::Arrivals,
+    arrivals::{Account, Arrivals, FUTILE_COST},
     control_rate::ControlLimits,
     guarded_io::{CALLS_APART, GuardedIo, IoLimits},
     io::GrpcIo,
 };
 use crate::{
     config::Grpc,
-    middleware::{CallTask, Draining, Refusals},
+    middleware::{CallTask, Draining, RefusedCalls},
     telemetry::{Metrics, names},
     tls::{PeerCertificate, Tls},
 };
@@ -61,10 +61,6 @@ const FLOOD_HELD_MAX: Duration = Duration::from_secs(10);
 
 /// By which factor connections become older or less old than the setting says: made all at once, they should not end all at once.
 const AGE_JITTER: Range<f64> = 0.9..1.1;
-
-/// How much later the next connection of an address begins behind one that was for nothing: it had to be ended as it broke HTTP/2's
-/// rules, or all its calls were refused.
-const FUTILE_COST: Duration = Duration::from_millis(20);
 
 /// How many calls a connection may leave open at no cost: as many as a device has.
 const CALLS_LEFT_FREE: usize = 8;
@@ -179,9 +175,11 @@ fn ended(metrics: &Metrics, reason: &'static str) -> Counter {
 /// How connections are served.
 struct Server {
     config: Grpc,
-    io_limits: IoLimits,
+    io_limits: Arc<IoLimits>,
     metrics: ListenerMetrics,
-    arrivals: Arrivals,
+    arrivals: Arc<Arrivals>,
+    // Never cancelled: of connections without a certificate that could be revoked. One of its own for each would be 112 bytes.
+    never: CancellationToken,
     /// Connections, and the calls on them.
     tasks: TaskTracker,
 }
@@ -200,9 +198,10 @@ impl Server {
         };
         Self {
             config: config.clone(),
-            io_limits,
+            io_limits: Arc::new(io_limits),
             metrics: ListenerMetrics::new(metrics),
-            arrivals: Arrivals::default(),
+            arrivals: Arc::default(),
+            never: CancellationToken::new(),
             tasks: TaskTracker::new(),
         }
     }
@@ -245,34 +244,39 @@ impl Server {
         async move {
             let info: TcpConnectInfo = stream.connect_info();
             // Who has not even begun has no calls that could be waited for.
-            let begun = stop.drain.run_until_cancelled(Box::pin(self.begin(stream, client, tls))).await;
+            let account = Account::of(&self.arrivals, client);
+            let begun = stop.drain.run_until_cancelled(Box::pin(self.begin(stream, &account, tls))).await;
             let Some(begun) = begun else { return Ok(()) };
-            let (io, peer) = begun?;
-            let revoked = peer.as_ref().map(|peer| peer.revoked.clone()).unwrap_or_default();
+            let (io, peer) = begun.inspect_err(|error| {
+                if speaks_something_else(error) {
+                    account.charge(FUTILE_COST);
+                }
+            })?;
+            let revoked = peer.as_ref().map(|peer| peer.revoked.clone()).unwrap_or_else(|| self.never.clone());
             let draining = stop.drain.child_token();
             let calls = Arc::new(Calls::default());
             let service = service_fn({
-                let (draining, refusals) = (Draining(draining.clone()), calls.refused.clone());
+                let (draining, refused) = (Draining(draining.clone()), calls.refused.clone());
                 move |mut request: Request<Incoming>| {
                     request.extensions_mut().insert(info.clone());
                     request.extensions_mut().insert(draining.clone());
                     if let Some(peer) = &peer {
                         request.extensions_mut().insert(peer.clone());
                     }
-                    request.extensions_mut().insert(refusals.clone());
+                    request.extensions_mut().insert(refused.clone());
                     service.clone().oneshot(request)
                 }
             });
             let mut connection = pin!(self.http(&calls).serve_connection(TokioIo::new(io), service));
             tokio::select! {
-                ended = connection.as_mut() => return self.settle(client, &calls, ended),
+                ended = connection.as_mut() => return self.settle(&account, &calls, ended),
                 () = draining.cancelled() => {}
                 () = self.served_its_time(&calls) => draining.cancel(),
                 () = revoked.cancelled() => {}
             }
             connection.as_mut().graceful_shutdown();
             tokio::select! {
-                ended = connection => self.settle(client, &calls, ended),
+                ended = connection => self.settle(&account, &calls, ended),
                 () = stop.cut.cancelled() => Ok(()),
                 () = async { revoked.cancelled().await; time::sleep(REVOKED_LINGER).await } => Ok(()),
                 // At a stop of the whole gateway that decides alone.
@@ -281,14 +285,13 @@ impl Server {
         }
     }
 
-    /// Charges what a connection left behind, which was not ended here, to the address that it came from.
-    fn settle(&self, client: IpAddr, calls: &Calls, ended: hyper::Result<()>) -> Result<(), BoxError> {
-        let left_open = calls.open.load(Relaxed).saturating_sub(CALLS_LEFT_FREE);
-        let futile = ended.as_ref().err().is_some_and(has_broken_rules) || calls.all_refused();
-        if futile || left_open > 0 {
-            let cost = if futile { FUTILE_COST } else { Duration::ZERO };
-            self.arrivals.charge(client, cost + CALLS_APART * u32::try_from(left_open).unwrap_or(u32::MAX));
+    /// Charges what a connection left behind to the address that it came from.
+    fn settle(&self, account: &Account, calls: &Calls, ended: hyper::Result<()>) -> Result<(), BoxError> {
+        if calls.all_refused() || ended.as_ref().err().is_some_and(has_broken_rules) {
+            account.charge(FUTILE_COST);
         }
+        let left_open = calls.open.load(Relaxed).saturating_sub(CALLS_LEFT_FREE);
+        account.charge(CALLS_APART * u32::try_from(left_open).unwrap_or(u32::MAX));
         Ok(ended?)
     }
 
@@ -296,16 +299,14 @@ impl Server {
     async fn begin(
         &self,
         stream: TcpStream,
-        client: IpAddr,
+        account: &Account,
         tls: Option<Tls>,
     ) -> Result<(GuardedIo<GrpcIo>, Option<Arc<PeerCertificate>>), BoxError> {
-        if let Some(begins_at) = self.arrivals.begins_at(client) {
-            time::sleep_until(begins_at).await;
-        }
+        account.may_begin().await;
         // Acknowledgements are small and somebody waits for each: never hold one back to fill a packet.
         stream.set_nodelay(true)?;
         let Secured { io, peer } = Secured::new(stream, tls).await?;
-        let preface = time::timeout(self.config.keepalive_timeout, GuardedIo::accept(io, self.io_limits.clone())).await;
+        let preface = time::timeout(self.config.keepalive_timeout, GuardedIo::accept(io, self.io_limits.clone(), account.clone())).await;
         let io = preface.inspect_err(|_| self.metrics.no_preface.increment(1))??;
         Ok((io, peer))
     }
@@ -345,7 +346,12 @@ impl Server {
     }
 }
 
-/// Whether a connection was ended with a GOAWAY for what its client sent, and not by a network.
+/// Whether a connection failed before HTTP/2 for what its client sent: no TLS that does, or another protocol.
+fn speaks_something_else(error: &BoxError) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::InvalidData)
+}
+
+/// Whether the HTTP/2 implementation ended a connection for what its client sent.
 fn has_broken_rules(error: &hyper::Error) -> bool {
     std::error::Error::source(error)
         .and_then(|source| source.downcast_ref::<h2::Error>())
@@ -371,7 +377,7 @@ impl Secured {
 struct Calls {
     begun: AtomicUsize,
     open: AtomicUsize,
-    refused: Refusals,
+    refused: RefusedCalls,
     beginnings: Mutex<Beginnings>,
 }
 

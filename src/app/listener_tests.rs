@@ -1,16 +1,16 @@
 //! Guarantee: open calls end well at a drain and at the latest at the cut; no peer can take the listener down or keep a place.
 
-use super::{CALLS_APART, CALLS_LEFT_FREE, Calls, FUTILE_COST, Server};
+use super::{Account, CALLS_APART, CALLS_LEFT_FREE, Calls, FUTILE_COST, Server};
 use crate::{
     config::Config,
     middleware::tests::support::{Gateway, LARGE_MESSAGES, eventually, follow, position_of, soon},
     pb::UploadRequest,
     telemetry::Metrics,
 };
-use futures_util::StreamExt;
+use futures_util::{StreamExt, future::join_all};
 use std::{
-    net::{IpAddr, Ipv4Addr},
-    sync::atomic::Ordering::Relaxed,
+    net::Ipv4Addr,
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 use tokio::{
@@ -19,6 +19,8 @@ use tokio::{
     sync::mpsc,
 };
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
+use tonic_health::pb::HealthCheckRequest;
 
 #[tokio::test]
 async fn a_drain_lets_open_calls_end_and_takes_no_new_connections() {
@@ -114,33 +116,81 @@ async fn other_protocols_do_no_harm() {
 
 /// Scenario: a client comes again as soon as its connection has been ended. Guarantee: it is served, but not as often as it likes.
 #[tokio::test]
-async fn who_breaks_the_protocol_over_and_over_waits() {
+async fn who_comes_over_and_over_for_nothing_waits() {
+    const CONNECTIONS: u32 = 5;
+    // DATA on stream 0, which there is not (RFC 9113 section 6.1); and another protocol.
+    let broken = &b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\0"[..];
+    for noise in [broken, b"GET /readings HTTP/1.1\r\nhost: gateway\r\n\r\n"] {
+        let gateway = Gateway::start(|_| ()).await;
+        let began = Instant::now();
+        for _ in 0..CONNECTIONS {
+            let mut stream = TcpStream::connect(gateway.address).await.expect("it listens");
+            stream.write_all(noise).await.expect("it is taken");
+            let _ = soon("the end", stream.read_to_end(&mut Vec::new())).await;
+            eventually("it is closed", || gateway.value("tidegate_grpc_connections_open") == 0.0).await;
+        }
+        assert!(began.elapsed() >= FUTILE_COST * (CONNECTIONS - 1), "{:?}", began.elapsed());
+        gateway.telemetry().await.get_upload_position(position_of("")).await.expect("it serves on");
+    }
+}
+
+#[tokio::test]
+async fn who_is_refused_over_and_over_waits() {
     const CONNECTIONS: u32 = 5;
     let gateway = Gateway::start(|_| ()).await;
     let began = Instant::now();
     for _ in 0..CONNECTIONS {
-        let mut stream = TcpStream::connect(gateway.address).await.expect("it listens");
-        // DATA on stream 0, which there is not (RFC 9113 section 6.1).
-        stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\0").await.expect("it is taken");
-        let _ = soon("the end", stream.read_to_end(&mut Vec::new())).await;
+        let mut client = gateway.health().await;
+        let refused = client.check(HealthCheckRequest { service: "unheard.of".into() }).await.expect_err("there is no such service");
+        assert_eq!(refused.code(), Code::NotFound);
+        drop(client);
         eventually("it is closed", || gateway.value("tidegate_grpc_connections_open") == 0.0).await;
     }
     assert!(began.elapsed() >= FUTILE_COST * (CONNECTIONS - 1), "{:?}", began.elapsed());
-    gateway.telemetry().await.get_upload_position(position_of("")).await.expect("it serves on");
 }
 
 #[tokio::test]
-async fn what_a_connection_leaves_behind_is_charged_to_its_address() {
-    let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
+async fn who_leaves_many_calls_open_waits() {
+    const CALLS: usize = CALLS_LEFT_FREE + 50;
+    let gateway = Arc::new(Gateway::start(|_| ()).await);
+    let client = tokio::task::spawn_blocking({
+        let gateway = gateway.clone();
+        move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            let calls: Vec<_> = runtime.block_on(async {
+                let client = gateway.live().await;
+                let calls = (0..CALLS).map(|_| {
+                    let mut client = client.clone();
+                    async move { client.follow(follow("hang")).await.expect("it begins") }
+                });
+                join_all(calls).await
+            });
+            let left = Instant::now();
+            // With its connection, and before its calls: none of them is reset, as when a process is killed.
+            drop(runtime);
+            drop(calls);
+            left
+        }
+    });
+    let left = soon("the client", client).await.expect("no panic");
+    eventually("it is closed", || gateway.value("tidegate_grpc_connections_open") == 0.0).await;
+    gateway.telemetry().await.get_upload_position(position_of("")).await.expect("it is served");
+    assert!(left.elapsed() >= CALLS_APART * 50, "{:?}", left.elapsed());
+}
+
+#[test]
+fn what_a_connection_leaves_behind_is_charged_to_its_address() {
+    let began = tokio::time::Instant::now();
     let charged = |begun: usize, refused: usize, open: usize| {
         let server = Server::new(&Config::default().grpc, &Metrics::new());
+        let account = Account::of(&server.arrivals, Ipv4Addr::LOCALHOST.into());
         let calls = Calls::default();
         calls.begun.store(begun, Relaxed);
         calls.open.store(open, Relaxed);
         (0..refused).for_each(|_| calls.refused.note());
-        let now = tokio::time::Instant::now();
-        server.settle(client, &calls, Ok(())).expect("it ended well");
-        server.arrivals.begins_at(client).map_or(Duration::ZERO, |begins_at| begins_at - now)
+        server.settle(&account, &calls, Ok(())).expect("it ended well");
+        // As of then, so that it is not over, however long this takes.
+        account.begins_at(began).map_or(Duration::ZERO, |begins_at| begins_at - began)
     };
     assert_eq!(charged(0, 0, 0), Duration::ZERO, "a probe");
     assert_eq!(charged(3, 2, 0), Duration::ZERO, "one call was for something");

@@ -151,6 +151,9 @@ impl Gather {
     fn take(&mut self, key: DeviceKey, column: DecodedColumn) -> Result<Option<DecodedColumn>, StoreError> {
         let Some(known) = self.devices.get_mut(&key) else { return Ok(None) };
         let Some(device) = known.device.clone() else { return Ok(None) };
+        if !column.is_whole() {
+            return Err(StoreError::Damaged(format!("not as many values as times in a batch of device {}", device.id)));
+        }
         let Some(index) = known.sensors.index(&column.sensor) else { return Ok(Some(column)) };
         let place = known.place(index, &mut self.sensors);
         let readings = Series::from((column.times, column.values)).corrected_by(column.clock_correction);

@@ -41,7 +41,7 @@ const WAIT_MAX: Duration = Duration::from_secs(10);
 const OWN_BYTES: usize = 256 << 10;
 /// How many times as much room a query asks for when what it had does not do.
 const ROOM_FACTOR: usize = 4;
-/// How much of what is not merged is in memory at once before it is decoded.
+/// How much of what is not merged is read, and then decoded, at once: about, as no batch is cut.
 const UNMERGED_PAGE_BYTES: usize = 128 << 10;
 /// How many chunks are in memory at once: a few tens of thousands of readings.
 const CHUNKS_PER_READ: usize = 4;
@@ -171,7 +171,7 @@ impl Reader {
             if let Some(overlay) = found {
                 break overlay;
             }
-            if room == self.limits.bytes_max {
+            if permits.turn.is_some() && room == self.limits.bytes_max {
                 return Err(Error::QueryTooLarge { setting: "query.bytes_max", limit: room }.into());
             }
             permits.keep_memory(0);
@@ -214,13 +214,18 @@ impl Reader {
         };
         // All as of one moment: else a later reading of the same time could be merged in between, and the earlier one be preferred to it.
         let mut unmerged = self.store.read_unmerged(device.key, query.start_time, query.end_time);
+        let mut bytes_read = 0;
         loop {
             let rows = database.of(unmerged.next_page(UNMERGED_PAGE_BYTES)).await?;
             if rows.is_empty() {
                 break;
             }
-            // Not on threads that come and go: the allocator keeps what one allocates and another frees, ten times what queries hold.
-            if !overlay.add(rows)? {
+            bytes_read += rows.iter().map(|row| row.batch.len()).sum::<usize>();
+            // Much is read by one query at a time, however little of it is asked for.
+            let may_go_on = permits.turn.is_some() || bytes_read <= OWN_BYTES;
+            // Decoded here, and not on threads that come and go: what those allocate and others free the allocator keeps for them, which
+            // came to ten times what queries held.
+            if !may_go_on || !overlay.add(rows)? {
                 return Ok((None, permits));
             }
             tokio::task::yield_now().await;
@@ -268,15 +273,17 @@ impl Overlay {
     /// Takes the readings that are asked for; whether there was room for them.
     fn add(&mut self, rows: Vec<LogRow>) -> Result<bool, Failure> {
         for row in rows {
-            // Columns that were taken before the reader gave up come twice then; of one time the last is kept, which is the same.
+            let before = (self.readings, self.bytes);
             let taken = self.add_in_place(&row.batch);
-            self.check_count()?;
-            if self.bytes > self.room {
-                return Ok(false);
-            }
             if taken.is_ok() {
+                self.check_count()?;
+                if self.bytes > self.room {
+                    return Ok(false);
+                }
                 continue;
             }
+            // What was taken before the reader gave up comes twice then; of one time the last is kept, which is the same.
+            (self.readings, self.bytes) = before;
             let columns = decode_stored(row.batch, |sensor| self.query.wants_sensor(sensor))
                 .map_err(|why| StoreError::Damaged(format!("the batch at position {} of device {}: {why}", row.position.0, self.device)))?;
             for column in columns {
@@ -289,14 +296,27 @@ impl Overlay {
         Ok(true)
     }
 
-    /// Takes the readings of a batch from its bytes, if it is written as usual and all its times are asked for, as far as there is room.
+    /// Takes the readings of a batch from its bytes, as far as there is room; if it is written as usual, and of no frame only some of the
+    /// times are asked for.
     fn add_in_place(&mut self, batch: &[u8]) -> Result<(), Unusual> {
         let wanted = self.query.start_time.micros()..self.query.end_micros();
+        // Looked at as a whole first, so that nothing is taken that the caller takes anew.
+        for frame in scan::frames(batch) {
+            let frame = frame?;
+            let times = frame.sum_up_times()?;
+            if wanted.contains(&times.first) != wanted.contains(&times.last) || (times.first < wanted.start && times.last >= wanted.end) {
+                return Err(Unusual);
+            }
+            frame.columns().try_for_each(|column| column.map(drop))?;
+        }
         for frame in scan::frames(batch) {
             let frame = frame?;
             self.times.clear();
             for time in frame.times() {
-                self.times.push(Some(time?).filter(|time| wanted.contains(time)).ok_or(Unusual)?);
+                self.times.push(time?);
+            }
+            if !self.times.iter().all(|time| wanted.contains(time)) {
+                continue;
             }
             for column in frame.columns() {
                 let column = column?;
@@ -325,7 +345,11 @@ impl Overlay {
         Ok(())
     }
 
-    fn add_column(&mut self, DecodedColumn { sensor, times, clock_correction, values }: DecodedColumn) -> Result<(), Failure> {
+    fn add_column(&mut self, column: DecodedColumn) -> Result<(), Failure> {
+        if !column.is_whole() {
+            return Err(StoreError::Damaged(format!("not as many values as times in a batch of device {}", self.device)).into());
+        }
+        let DecodedColumn { sensor, times, clock_correction, values } = column;
         let (start, end) = (self.query.start_time.micros(), self.query.end_micros());
         let wanted = |time: &i64| (start..end).contains(time);
         let all = Series::from((times, values));
@@ -433,6 +457,45 @@ impl Current {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        model::{Position, columns::Values},
+        pb,
+        store::DeviceKey,
+    };
+    use prost::Message;
+
+    /// Ten readings a frame, a second apart, of two sensors; the query asks for those of one from 1 s to 25 s, and for no more of them.
+    #[test]
+    fn of_a_batch_that_is_half_asked_for_each_reading_is_taken_and_counted_once() {
+        let second = |second: i64| Timestamp::from_micros(second * 1_000_000).expect("in range");
+        let frame = |begin: i64| {
+            let column = |sensor: &str| pb::Column {
+                sensor: sensor.into(),
+                unit: String::new(),
+                values: Some(Values::Int64((begin..begin + 10).collect()).into()),
+            };
+            let columns = vec![column("level"), column("flow")];
+            pb::Frame { base_time_us: second(begin).micros(), time_deltas_us: vec![1_000_000; 9], columns, ..Default::default() }
+        };
+        let row = |frames: Vec<pb::Frame>| LogRow {
+            position: Position(1),
+            device: DeviceKey(1),
+            receive_time: second(0),
+            batches: 1,
+            batch: pb::Batch { frames }.encode_to_vec().into(),
+        };
+        let query = Query { sensors: HashSet::from(["level".into()]), start_time: second(1), end_time: Some(second(25)), bucket: None };
+        let device = DeviceId::parse("pump-1").expect("good");
+        let mut overlay =
+            Overlay { device, query, readings_max: 24, room: 24 * 16, sensors: HashMap::new(), readings: 0, bytes: 0, times: Vec::new() };
+        let rows = vec![row(vec![frame(10), frame(0)]), row(vec![frame(30), frame(20)]), row(vec![frame(40)])];
+        assert!(overlay.add(rows).expect("not too many"), "there is room for exactly these");
+        let level = overlay.sensors.remove("level").expect("asked for").sorted();
+        assert!(overlay.sensors.is_empty());
+        assert_eq!(level.times, (1..25).map(|at| second(at).micros()).collect::<Vec<_>>());
+        assert_eq!(level.values, Values::Int64((1..25).collect()));
+        assert!(overlay.add(vec![row(vec![frame(11)])]).is_err(), "and for no more");
+    }
 
     #[tokio::test]
     async fn who_waits_for_room_for_too_long_is_told_which_limit_it_is() {

@@ -109,11 +109,18 @@ where
     }
 }
 
-/// How many calls of a connection were refused for what they asked. In the extensions of each request.
-#[derive(Debug, Clone, Default)]
-pub struct Refusals(Arc<AtomicUsize>);
+/// Whether the same call would be refused again, and again. A message that can't be decoded is INTERNAL, one that is too large
+/// OUT_OF_RANGE.
+fn is_refusal(code: Code) -> bool {
+    use Code::{Internal, InvalidArgument, NotFound, OutOfRange, PermissionDenied, Unauthenticated, Unimplemented};
+    matches!(code, Internal | InvalidArgument | NotFound | OutOfRange | PermissionDenied | Unauthenticated | Unimplemented)
+}
 
-impl Refusals {
+/// How many calls of a connection were refused for what they asked, or who asked. In the extensions of each request.
+#[derive(Debug, Clone, Default)]
+pub struct RefusedCalls(Arc<AtomicUsize>);
+
+impl RefusedCalls {
     /// One more.
     pub fn note(&self) {
         self.0.fetch_add(1, Relaxed);
@@ -132,14 +139,14 @@ struct CallRecord {
     outcome: Outcome,
     messages: MessageCounter,
     // Of a request that came by no connection: none.
-    refusals: Option<Refusals>,
+    refused: Option<RefusedCalls>,
 }
 
 impl CallRecord {
-    fn start(metrics: Arc<MethodMetrics>, refusals: Option<Refusals>) -> Self {
+    fn start(metrics: Arc<MethodMetrics>, refused: Option<RefusedCalls>) -> Self {
         metrics.started.increment(1);
         metrics.in_flight.increment(1);
-        Self { metrics, started: Instant::now(), outcome: Outcome::default(), messages: MessageCounter::default(), refusals }
+        Self { metrics, started: Instant::now(), outcome: Outcome::default(), messages: MessageCounter::default(), refused }
     }
 }
 
@@ -149,10 +156,8 @@ impl Drop for CallRecord {
         self.metrics.duration.record(self.started.elapsed());
         let code = self.outcome.code();
         self.metrics.ended(code).increment(1);
-        if let (Some(refusals), false) =
-            (&self.refusals, matches!(code, Code::Ok | Code::Cancelled | Code::DeadlineExceeded | Code::Unavailable))
-        {
-            refusals.note();
+        if let (true, Some(refused)) = (is_refusal(code), &self.refused) {
+            refused.note();
         }
     }
 }
@@ -213,5 +218,18 @@ impl<B: Body<Data = Bytes>> Body for MetricsBody<B> {
 
     fn size_hint(&self) -> SizeHint {
         self.inner.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_go_well_the_next_time_is_no_refusal() {
+        for code in [Code::Ok, Code::Cancelled, Code::DeadlineExceeded, Code::ResourceExhausted, Code::Unavailable, Code::Aborted] {
+            assert!(!is_refusal(code), "{code:?}");
+        }
+        assert!(is_refusal(Code::Unauthenticated) && is_refusal(Code::Internal));
     }
 }

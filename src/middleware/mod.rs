@@ -26,7 +26,7 @@ mod unread;
 pub use deadline::Deadline;
 pub use drain::{CallTracker, Draining};
 pub use method::{Family, Method};
-pub use metrics::Refusals;
+pub use metrics::RefusedCalls;
 pub use patience::Patience;
 pub use request_id::{CallReports, RequestId};
 pub use stack::{Doors, no_layers, stack};

@@ -526,6 +526,13 @@ pub struct DecodedColumn {
     pub values: Values,
 }
 
+impl DecodedColumn {
+    /// Whether there is a value for each time.
+    pub fn is_whole(&self) -> bool {
+        self.times.len() == self.values.len()
+    }
+}
+
 /// The columns of a batch that was checked before it was stored, those whose sensor `wanted` asks for.
 ///
 /// The error is for bytes that no check can have let pass: the store has been damaged.

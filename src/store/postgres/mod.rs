@@ -36,9 +36,9 @@ const ABANDONED_TRANSACTION_TIMEOUT: &str = "10s";
 const LOCK_TIMEOUT: &str = "12s";
 /// How long the server may take to answer; longer than it waits for locks.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
-/// How long a read may take, with the wait for a connection: an answer may be large, and the network slow.
+/// How long a read, or a page of one, may take, with the wait for a connection: an answer may be large, and the network slow.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
-/// The same for the server, so that it does not go on with what nobody waits for.
+/// The same for the server and all pages, so that it does not go on with what nobody waits for.
 const READ_STATEMENT_TIMEOUT: &str = "30s";
 
 /// See the module.
