@@ -42,6 +42,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{self, Instant},
 };
+use tokio_rustls::rustls;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::server::{Connected, TcpConnectInfo};
 use tower::{BoxError, Service, ServiceExt};
@@ -178,8 +179,6 @@ struct Server {
     io_limits: Arc<IoLimits>,
     metrics: ListenerMetrics,
     arrivals: Arc<Arrivals>,
-    // Never cancelled: of connections without a certificate that could be revoked. One of its own for each would be 112 bytes.
-    never: CancellationToken,
     /// Connections, and the calls on them.
     tasks: TaskTracker,
 }
@@ -201,7 +200,6 @@ impl Server {
             io_limits: Arc::new(io_limits),
             metrics: ListenerMetrics::new(metrics),
             arrivals: Arc::default(),
-            never: CancellationToken::new(),
             tasks: TaskTracker::new(),
         }
     }
@@ -252,7 +250,7 @@ impl Server {
                     account.charge(FUTILE_COST);
                 }
             })?;
-            let revoked = peer.as_ref().map(|peer| peer.revoked.clone()).unwrap_or_else(|| self.never.clone());
+            let revoked = peer.as_ref().map(|peer| peer.revoked.clone());
             let draining = stop.drain.child_token();
             let calls = Arc::new(Calls::default());
             let service = service_fn({
@@ -272,13 +270,13 @@ impl Server {
                 ended = connection.as_mut() => return self.settle(&account, &calls, ended),
                 () = draining.cancelled() => {}
                 () = self.served_its_time(&calls) => draining.cancel(),
-                () = revoked.cancelled() => {}
+                () = revocation(&revoked) => {}
             }
             connection.as_mut().graceful_shutdown();
             tokio::select! {
                 ended = connection => self.settle(&account, &calls, ended),
                 () = stop.cut.cancelled() => Ok(()),
-                () = async { revoked.cancelled().await; time::sleep(REVOKED_LINGER).await } => Ok(()),
+                () = async { revocation(&revoked).await; time::sleep(REVOKED_LINGER).await } => Ok(()),
                 // At a stop of the whole gateway that decides alone.
                 () = time::sleep(self.config.connection_age_grace), if !stop.drain.is_cancelled() => Ok(()),
             }
@@ -287,7 +285,7 @@ impl Server {
 
     /// Charges what a connection left behind to the address that it came from.
     fn settle(&self, account: &Account, calls: &Calls, ended: hyper::Result<()>) -> Result<(), BoxError> {
-        if calls.all_refused() || ended.as_ref().err().is_some_and(has_broken_rules) {
+        if calls.mostly_refused() || ended.as_ref().err().is_some_and(has_broken_rules) {
             account.charge(FUTILE_COST);
         }
         let left_open = calls.open.load(Relaxed).saturating_sub(CALLS_LEFT_FREE);
@@ -346,9 +344,20 @@ impl Server {
     }
 }
 
-/// Whether a connection failed before HTTP/2 for what its client sent: no TLS that does, or another protocol.
+/// Ends when the client's certificate was revoked; where there is none, never.
+async fn revocation(revoked: &Option<CancellationToken>) {
+    match revoked {
+        Some(revoked) => revoked.cancelled().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether a connection failed before HTTP/2 for what its client sent: no TLS that does, or another protocol. Who does not trust the
+/// gateway's certificate has done nothing wrong.
 fn speaks_something_else(error: &BoxError) -> bool {
-    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::InvalidData)
+    let Some(error) = error.downcast_ref::<io::Error>() else { return false };
+    let tls = error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>());
+    error.kind() == io::ErrorKind::InvalidData && !matches!(tls, Some(rustls::Error::AlertReceived(_)))
 }
 
 /// Whether the HTTP/2 implementation ended a connection for what its client sent.
@@ -382,10 +391,9 @@ struct Calls {
 }
 
 impl Calls {
-    /// Whether there were calls, and none that was not refused.
-    fn all_refused(&self) -> bool {
-        let begun = self.begun.load(Relaxed);
-        begun > 0 && begun == self.refused.count()
+    /// Whether most of the calls that there were have been refused.
+    fn mostly_refused(&self) -> bool {
+        self.refused.count() > self.begun.load(Relaxed) / 2
     }
 }
 

@@ -168,11 +168,17 @@ impl Reader {
         let overlay = loop {
             let found;
             (found, permits) = self.read_unmerged(device, &query, room, &mut database, permits).await?;
-            if let Some(overlay) = found {
-                break overlay;
-            }
-            if permits.turn.is_some() && room == self.limits.bytes_max {
-                return Err(Error::QueryTooLarge { setting: "query.bytes_max", limit: room }.into());
+            match found {
+                Found::All(overlay) => break overlay,
+                Found::Much => {
+                    let refusal = overloaded("query.concurrent_max", self.limits.concurrent_max);
+                    permits.turn = Some(taken(&self.turn, 1, until, refusal).await?);
+                    continue;
+                }
+                Found::TooMuch if room == self.limits.bytes_max => {
+                    return Err(Error::QueryTooLarge { setting: "query.bytes_max", limit: room }.into());
+                }
+                Found::TooMuch => {}
             }
             permits.keep_memory(0);
             room = room.saturating_mul(ROOM_FACTOR).min(self.limits.bytes_max);
@@ -191,7 +197,7 @@ impl Reader {
         Ok(Answer { store, query, sensors, unmerged, current: None, readings: 0, database, permits, given: None })
     }
 
-    /// What of a query is not merged; `None` when there is not `room` for it.
+    /// What of a query is not merged.
     ///
     /// The permits go along: when the caller goes away, all this is in memory until the work on it ends.
     async fn read_unmerged(
@@ -201,7 +207,7 @@ impl Reader {
         room: usize,
         database: &mut DatabaseTime,
         permits: Permits,
-    ) -> Result<(Option<Overlay>, Permits), Failure> {
+    ) -> Result<(Found, Permits), Failure> {
         let mut overlay = Overlay {
             device: device.id.clone(),
             query: query.clone(),
@@ -221,21 +227,22 @@ impl Reader {
                 break;
             }
             bytes_read += rows.iter().map(|row| row.batch.len()).sum::<usize>();
-            // Much is read by one query at a time, however little of it is asked for.
-            let may_go_on = permits.turn.is_some() || bytes_read <= OWN_BYTES;
+            if permits.turn.is_none() && bytes_read > OWN_BYTES {
+                return Ok((Found::Much, permits));
+            }
             // Decoded here, and not on threads that come and go: what those allocate and others free the allocator keeps for them, which
             // came to ten times what queries held.
-            if !may_go_on || !overlay.add(rows)? {
-                return Ok((None, permits));
+            if !overlay.add(rows)? {
+                return Ok((Found::TooMuch, permits));
             }
             tokio::task::yield_now().await;
         }
         if overlay.sensors.values().all(Series::is_sorted) {
-            return Ok((Some(overlay), permits));
+            return Ok((Found::All(Box::new(overlay)), permits));
         }
         aside(move || {
             overlay.sensors.values_mut().for_each(|series| *series = std::mem::replace(series, Series::new(series.values.kind())).sorted());
-            Ok((Some(overlay), permits))
+            Ok((Found::All(Box::new(overlay)), permits))
         })
         .await
     }
@@ -253,6 +260,16 @@ async fn taken(from: &Arc<Semaphore>, count: usize, until: Instant, otherwise: E
 /// Runs what takes a while on a thread that nobody else waits for.
 async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T, Failure> + Send + 'static) -> Result<T, Failure> {
     tokio::task::spawn_blocking(work).await.map_err(|_| Error::Internal)?
+}
+
+/// What came of reading what is not merged.
+enum Found {
+    /// All of it.
+    All(Box<Overlay>),
+    /// So much of the log to go through, however little of it is asked for, that one query at a time does it.
+    Much,
+    /// More readings than there is room for.
+    TooMuch,
 }
 
 /// What of the log is not merged, by sensor.
