@@ -18,7 +18,7 @@ const BYTES_PER_UNIT: u32 = 256;
 const UNITS_PER_RESET: u32 = 4;
 
 /// Metadata of a call that costs nothing: as much as common proxies let through, so that a large token of who calls is among it.
-pub const FREE_HEADER_BYTES: u32 = 8 << 10;
+const FREE_HEADER_BYTES: u32 = 8 << 10;
 
 /// How many control frames a client may answer each DATA frame with: WINDOW_UPDATE for the stream and for the connection,
 /// and the PING with which some measure the bandwidth.

@@ -14,7 +14,7 @@
 
 use super::{
     arrivals::{Account, FUTILE_COST},
-    control_rate::{ControlLimits, ControlRate, FREE_HEADER_BYTES, Flood, units_of},
+    control_rate::{ControlLimits, ControlRate, Flood, units_of},
     frames::{FrameHeader, FrameScanner},
 };
 use crate::middleware::Patience;
@@ -39,9 +39,6 @@ const ENHANCE_YOUR_CALM: u8 = 11;
 
 /// How far calls come apart, on average: so that even with all its calls reset a connection has them at no more than five hundred a second.
 pub const CALLS_APART: Duration = Duration::from_millis(2);
-/// How far what follows comes behind metadata that is not free: to decode 16 KiB of it takes most of a millisecond, and dozens of such
-/// calls are within what may be used at once.
-const BEHIND_METADATA: Duration = Duration::from_millis(10);
 /// For how long they do behind each that was reset: who has half of all its calls reset is slowed all the time.
 const APART_FOR: Duration = Duration::from_millis(4);
 /// And behind any number of them: nobody is slowed for long behind the last one.
@@ -123,13 +120,12 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
 
     /// Looks at what the client sends.
     fn note_received(&mut self, bytes: &[u8]) -> Result<(), Flood> {
-        let (mut units, mut calls, mut dear_calls, mut resets, last_stream) = (0, 0, 0, 0, &mut self.last_stream);
+        let (mut units, mut calls, mut resets, last_stream) = (0, 0, 0, &mut self.last_stream);
         self.inbound.feed(bytes, |frame| {
             match frame.kind {
                 FrameHeader::HEADERS => {
                     *last_stream = frame.stream.max(*last_stream);
                     calls += 1;
-                    dear_calls += u32::from(frame.payload_bytes > FREE_HEADER_BYTES);
                 }
                 FrameHeader::RST_STREAM => resets += 1,
                 _ => {}
@@ -139,9 +135,6 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
         self.control.take(units, &self.limits.control)?;
         if calls > 0 && self.apart_until.is_some() {
             self.control.hold_for(CALLS_APART * calls);
-        }
-        if dear_calls > 0 {
-            self.control.hold_for(BEHIND_METADATA * dear_calls);
         }
         self.note_resets(resets);
         Ok(())
@@ -313,17 +306,6 @@ mod tests {
     async fn calls_come_as_they_are_sent() {
         let (_client, mut connection) = connection(&calls()).await;
         read_calls(&mut connection).now_or_never().expect("at once");
-    }
-
-    #[tokio::test]
-    async fn behind_much_metadata_others_come_later() {
-        let much = [&frame(FrameHeader::HEADERS, 1, 9)[..], &[0; 16_000]].concat();
-        let much = [&[0, 0x3e, 0x80], &much[3..]].concat();
-        let (_client, mut connection) = connection(&[much.clone(), calls()].concat()).await;
-        let began = Instant::now();
-        connection.read_exact(&mut vec![0; much.len()]).await.expect("the first");
-        read_calls(&mut connection).await;
-        assert!(began.elapsed() >= BEHIND_METADATA);
     }
 
     #[tokio::test]
