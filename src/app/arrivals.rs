@@ -15,7 +15,7 @@ use std::{
 };
 use tokio::time::{Instant, sleep_until};
 
-/// What a connection costs that was for nothing: it broke a protocol, or most of its calls were refused.
+/// What a connection costs that was for nothing: it broke a protocol, flooded, or most of its calls were refused.
 pub const FUTILE_COST: Duration = Duration::from_millis(100);
 
 /// How long a connection waits at the most.

@@ -494,7 +494,7 @@ pub static SETTINGS: &[Setting] = &[
     setting(
         "query.concurrent_max",
         Allowed::Count(2..=1_000),
-        "How many queries are worked on at once, each until the client has taken its answer; further ones wait for 10 s, and are then refused with OVERLOADED.",
+        "How many queries are worked on at once, each until the client has taken its answer; further ones wait for 10 s, and are then refused with OVERLOADED. Those that go through more than 256 KiB of batches that are not merged do so one at a time, and wait for one another as long.",
     ),
     setting(
         "export.concurrent_max",

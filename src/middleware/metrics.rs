@@ -109,8 +109,8 @@ where
     }
 }
 
-/// Whether the same call would be refused again, as far as its code tells: a message that can't be decoded is INTERNAL, as what the
-/// gateway can't do for a reason of its own.
+/// Whether the same call would be refused again, as far as its code tells. INTERNAL is among them as a message that can't be decoded
+/// comes to it; so does a fault of the gateway, whose caller then waits a little, too.
 fn is_refusal(code: Code) -> bool {
     match code {
         Code::InvalidArgument
