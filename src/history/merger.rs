@@ -34,9 +34,10 @@ const PASS_BYTES_MAX: usize = if cfg!(test) { 8 << 10 } else { 16 << 20 };
 const SENSORS_PER_STEP: usize = if cfg!(test) { 2 } else { 1_024 };
 /// How many readings are decoded and encoded at once, about, those of the chunks that are written anew among them.
 const READINGS_PER_PART: usize = if cfg!(test) { 100 } else { 1 << 17 };
-/// What one transaction writes, about, so that ingest does not wait for long; a part is not divided.
+/// What one transaction writes, about, so that ingest does not wait for long, if it does not have as many chunks as [`Haste`] says before;
+/// a part is not divided.
 const BYTES_PER_TRANSACTION: usize = 256 << 10;
-const CHUNKS_PER_TRANSACTION: usize = if cfg!(test) { 3 } else { 128 };
+
 /// See the [module](self).
 pub struct Merger {
     store: Store,
@@ -53,8 +54,8 @@ struct Writes {
 }
 
 impl Writes {
-    fn is_full(&self) -> bool {
-        self.bytes >= BYTES_PER_TRANSACTION || self.new.len() + self.gone.len() >= CHUNKS_PER_TRANSACTION
+    fn is_full(&self, haste: Haste) -> bool {
+        self.bytes >= BYTES_PER_TRANSACTION || self.new.len() + self.gone.len() >= haste.chunks_per_transaction
     }
 }
 
@@ -102,10 +103,10 @@ impl Merger {
             let step: Vec<Gathered> = sensors.by_ref().take(SENSORS_PER_STEP).collect();
             let mut works = self.plan(step).await?.into_iter().peekable();
             while works.peek().is_some() {
-                let part = take_part(&mut works);
+                let part = take_part(&mut works, haste);
                 readings += part.iter().map(|work| work.new.len() as u64).sum::<u64>();
                 self.place(part, &mut writes).await?;
-                if writes.is_full() {
+                if writes.is_full(haste) {
                     self.write(std::mem::take(&mut writes), None, haste).await?;
                 }
             }
@@ -204,9 +205,9 @@ fn of_sensor(spans: &[ChunkSpan], sensor_key: i64) -> Range<usize> {
 }
 
 /// The next works: as many as have [`READINGS_PER_PART`], but at least one, and no more than one transaction is to write.
-fn take_part(works: &mut Peekable<impl Iterator<Item = Work>>) -> Vec<Work> {
+fn take_part(works: &mut Peekable<impl Iterator<Item = Work>>, haste: Haste) -> Vec<Work> {
     let (mut part, mut readings, mut chunks) = (Vec::new(), 0, 0);
-    while let Some(work) = works.next_if(|_| readings < READINGS_PER_PART && chunks < CHUNKS_PER_TRANSACTION) {
+    while let Some(work) = works.next_if(|_| readings < READINGS_PER_PART && chunks < haste.chunks_per_transaction) {
         readings += work.readings;
         chunks += work.old.len() + 1;
         part.push(work);

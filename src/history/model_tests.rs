@@ -26,6 +26,7 @@ use tempfile::TempDir;
 use tokio::{task::JoinHandle, time::timeout};
 
 const SENSORS: usize = 5;
+const RESTLESS: Haste = Haste { rest: 0.0, chunks_per_transaction: 3 };
 
 /// Sensor and time, and the value and what was added to the time.
 type Reading = ((usize, i64), (i64, i64));
@@ -236,11 +237,11 @@ async fn check(steps: Vec<Step>, storage: &Storage) {
             }
             Step::Merge => {
                 running.leads().await;
-                while running.merger.pass(Haste { rest: 0.0 }).await.expect("merged").is_some() {}
+                while running.merger.pass(RESTLESS).await.expect("merged").is_some() {}
             }
             Step::CutMerge(polls) => {
                 running.leads().await;
-                cut_off(polls, running.merger.pass(Haste { rest: 0.0 })).await;
+                cut_off(polls, running.merger.pass(RESTLESS)).await;
             }
             Step::Prune => running.upkeep.prune().await.expect("pruned"),
             Step::Expire(before) => {

@@ -21,6 +21,9 @@ pub struct Haste {
     /// How many seconds to rest for each that a transaction is open or had to wait for the one before it, whichever is less: who need not
     /// wait long is in nobody's way.
     pub rest: f64,
+    /// How many chunks a transaction writes, so that devices do not wait for long: few, or more where merging is behind, as each one
+    /// syncs and the devices wait for that, too.
+    pub chunks_per_transaction: usize,
 }
 
 impl Haste {
@@ -85,7 +88,7 @@ mod tests {
     use futures_util::{FutureExt, future::pending};
     use tokio::sync::oneshot;
 
-    const RESTLESS: Haste = Haste { rest: 0.0 };
+    const RESTLESS: Haste = Haste { rest: 0.0, chunks_per_transaction: 1 };
 
     #[tokio::test]
     async fn a_transaction_that_is_given_up_leaves_nothing_and_goes_out_of_the_way() {

@@ -26,7 +26,10 @@ const SLICE_BYTES: usize = 512 << 10;
 const SLICE_ROWS: usize = 1_000;
 const ROWS_PER_READ: usize = 10_000;
 /// How many chunks one transaction deletes at the most.
-const CHUNKS_PER_TRANSACTION: usize = 64;
+const CHUNKS_PER_DELETION: usize = 64;
+/// How many chunks one transaction of merging writes, and how many where it is behind.
+const CHUNKS_PER_TRANSACTION: usize = if cfg!(test) { 3 } else { 32 };
+const CHUNKS_HURRIED: usize = if cfg!(test) { 3 } else { 128 };
 /// How many seconds to rest for each that a transaction is open: of a way into the store that is busy the background has a tenth.
 const REST: f64 = 9.0;
 /// From so many times `history.unmerged_bytes_max` on that is less, as queries read all of it.
@@ -147,10 +150,13 @@ impl Upkeep {
         self.backlog_bytes() >= self.history.unmerged_bytes_max as u64
     }
 
-    /// When much waits the rests are shorter.
+    /// When much waits the rests are shorter, and the transactions larger.
     fn haste(&self) -> Haste {
         let backlog = self.backlog_bytes() as f64 / self.history.unmerged_bytes_max as f64;
-        Haste { rest: REST * ((BACKLOG_RESTLESS - backlog) / (BACKLOG_RESTLESS - BACKLOG_HURRIED)).clamp(0.0, 1.0) }
+        Haste {
+            rest: REST * ((BACKLOG_RESTLESS - backlog) / (BACKLOG_RESTLESS - BACKLOG_HURRIED)).clamp(0.0, 1.0),
+            chunks_per_transaction: if backlog > BACKLOG_HURRIED { CHUNKS_HURRIED } else { CHUNKS_PER_TRANSACTION },
+        }
     }
 
     async fn show_backlog(&self) -> Result<(), StoreError> {
@@ -218,7 +224,7 @@ impl Upkeep {
         if !self.may_go_on(until) {
             return Ok(0);
         }
-        let deleted = self.haste().write(&self.store, move |tx| Box::pin(tx.delete_oldest_chunks(before, CHUNKS_PER_TRANSACTION))).await?;
+        let deleted = self.haste().write(&self.store, move |tx| Box::pin(tx.delete_oldest_chunks(before, CHUNKS_PER_DELETION))).await?;
         self.merger.metrics.expired_readings.increment(deleted.readings);
         Ok(deleted.batches)
     }

@@ -8,7 +8,7 @@
 //! a stream is that of its call.
 //!
 //! A narrow lane alone is not enough where the processors are what is scarce: as soon as a commit ends, the next bytes would come in. So
-//! beside live calls the lane rests: what was given out comes back only after as long again as it was held, and
+//! beside live calls the lane rests: what was given out comes back only after three times as long as it was held, and
 //! the processors and the disk belong to live readings meanwhile.
 
 use super::run::Run;
@@ -29,7 +29,9 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 /// What a waiting batch costs besides its bytes.
 const BATCH_OVERHEAD_BYTES: usize = 1024;
-/// How long a part of the backlog's lane rests at the most: after a commit that took long for a reason of its own, a backlog need not stand still.
+/// How many times as long as a part of the backlog's lane was held it rests.
+const REST: u32 = 3;
+/// How long it rests at the most: after a commit that took long for a reason of its own, a backlog need not stand still.
 const REST_MAX: Duration = Duration::from_millis(100);
 /// After how long a call looks whether there is room though it is not its turn.
 const TURN_MAX: Duration = Duration::from_millis(if cfg!(test) { 20 } else { 1_000 });
@@ -166,7 +168,7 @@ impl Drop for LanePart {
         // Without a runtime the gateway is at its end, and nobody waits.
         match tokio::runtime::Handle::try_current() {
             Ok(runtime) if self.lane.live.is_recent() => {
-                let rest = self.since.elapsed().min(REST_MAX);
+                let rest = (self.since.elapsed() * REST).min(REST_MAX);
                 runtime.spawn(async move {
                     tokio::time::sleep(rest).await;
                     give_back();

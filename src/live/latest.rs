@@ -16,16 +16,20 @@ use prost::Message;
 use std::{
     collections::{BTreeMap, HashMap},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio_util::sync::CancellationToken;
 
 const ROWS_PER_READ: usize = 256;
 const BYTES_PER_READ: usize = 4 << 20;
 /// How many rows one transaction saves, so that ingest does not wait for long.
-const ROWS_PER_SAVE: usize = 256;
+const ROWS_PER_SAVE: usize = 64;
 /// How much of the log a start reads again at the most, in time.
 const SAVE_INTERVAL: Duration = Duration::from_secs(5);
+/// How many times as long as a transaction took a save at an interval rests behind it, so that devices do not wait for one after the other.
+const REST: u32 = 4;
+/// How long it rests at the most, all in all: the save of a large fleet must end before too much else has come in.
+const RESTS_MAX: Duration = Duration::from_millis(2_500);
 
 /// See the [module](self).
 ///
@@ -149,11 +153,16 @@ impl Latest {
         self.state.lock().devices.remove(&device);
     }
 
-    /// Writes what has changed to the store.
+    /// Writes what has changed to the store, as fast as it goes.
     ///
     /// The position goes with the last of the rows. When only some of the rows come to be written, they are ahead of the
     /// position, and a start reads what is in them from the log again; which comes to the same, as it is the latest all the same.
     pub async fn save(&self, store: &Store) -> Result<(), StoreError> {
+        self.save_resting(store, Duration::ZERO, &CancellationToken::new()).await
+    }
+
+    /// The same, with rests between the transactions, for at most so long all in all, and until `stop`.
+    async fn save_resting(&self, store: &Store, mut rests: Duration, stop: &CancellationToken) -> Result<(), StoreError> {
         let mut saved = self.saved.lock().await;
         let behind = *saved;
         let (position, changed) = self.state.lock().select(|latest| latest.position > behind);
@@ -163,7 +172,13 @@ impl Latest {
         while !whole {
             let slice: Vec<LatestRow> = rows.by_ref().take(ROWS_PER_SAVE).collect();
             whole = rows.peek().is_none();
+            let began = Instant::now();
             store.save_latest(&slice, whole.then_some(position)).await?;
+            let rest = rests.min(began.elapsed() * REST);
+            if !whole && !rest.is_zero() {
+                rests -= rest;
+                stop.run_until_cancelled(tokio::time::sleep(rest)).await;
+            }
         }
         *saved = position;
         Ok(())
@@ -178,7 +193,7 @@ impl Latest {
                 () = stop.cancelled() => return,
                 _ = ticks.tick() => {}
             }
-            if let Err(error) = self.save(&store).await {
+            if let Err(error) = self.save_resting(&store, RESTS_MAX, &stop).await {
                 tracing::warn!(error = &error as &dyn std::error::Error, "latest.save_failed: trying again at the next interval");
             }
         }
