@@ -34,8 +34,8 @@ const PASS_BYTES_MAX: usize = if cfg!(test) { 8 << 10 } else { 16 << 20 };
 const SENSORS_PER_STEP: usize = if cfg!(test) { 2 } else { 1_024 };
 /// How many readings are decoded and encoded at once, about, those of the chunks that are written anew among them.
 const READINGS_PER_PART: usize = if cfg!(test) { 100 } else { 1 << 17 };
-/// What one transaction writes, about, so that ingest does not wait for long, if it does not have as many chunks as [`Haste`] says before;
-/// a part is not divided.
+/// What one transaction writes at the most, about, so that ingest does not wait for long; it may end sooner, by
+/// [`Haste::chunks_per_transaction`]. A part is not divided.
 const BYTES_PER_TRANSACTION: usize = 256 << 10;
 
 /// See the [module](self).
@@ -88,7 +88,7 @@ impl Merger {
     }
 
     /// Does a pass; `None` when there was nothing to merge.
-    pub async fn pass(&self, haste: Haste) -> Result<Option<Merged>, StoreError> {
+    pub async fn pass(&self, haste: impl Fn() -> Haste) -> Result<Option<Merged>, StoreError> {
         let began = Instant::now();
         let merged = self.store.merged_position().await?;
         let (mut gather, through) = self.gather(merged).await?;
@@ -103,15 +103,15 @@ impl Merger {
             let step: Vec<Gathered> = sensors.by_ref().take(SENSORS_PER_STEP).collect();
             let mut works = self.plan(step).await?.into_iter().peekable();
             while works.peek().is_some() {
-                let part = take_part(&mut works, haste);
+                let part = take_part(&mut works, haste());
                 readings += part.iter().map(|work| work.new.len() as u64).sum::<u64>();
                 self.place(part, &mut writes).await?;
-                if writes.is_full(haste) {
-                    self.write(std::mem::take(&mut writes), None, haste).await?;
+                if writes.is_full(haste()) {
+                    self.write(std::mem::take(&mut writes), None, haste()).await?;
                 }
             }
         }
-        self.write(writes, Some(through), haste).await?;
+        self.write(writes, Some(through), haste()).await?;
         self.metrics.merged_readings.increment(readings);
         self.metrics.merge_seconds.record(began.elapsed());
         Ok(Some(Merged { after: merged, through, rows }))

@@ -237,11 +237,11 @@ async fn check(steps: Vec<Step>, storage: &Storage) {
             }
             Step::Merge => {
                 running.leads().await;
-                while running.merger.pass(RESTLESS).await.expect("merged").is_some() {}
+                while running.merger.pass(|| RESTLESS).await.expect("merged").is_some() {}
             }
             Step::CutMerge(polls) => {
                 running.leads().await;
-                cut_off(polls, running.merger.pass(RESTLESS)).await;
+                cut_off(polls, running.merger.pass(|| RESTLESS)).await;
             }
             Step::Prune => running.upkeep.prune().await.expect("pruned"),
             Step::Expire(before) => {

@@ -21,8 +21,8 @@ pub struct Haste {
     /// How many seconds to rest for each that a transaction is open or had to wait for the one before it, whichever is less: who need not
     /// wait long is in nobody's way.
     pub rest: f64,
-    /// How many chunks a transaction writes, so that devices do not wait for long: few, or more where merging is behind, as each one
-    /// syncs and the devices wait for that, too.
+    /// How many chunks a transaction of merging writes and deletes, so that devices do not wait for long: few, or more where merging is
+    /// behind, as each transaction has a sync of its own.
     pub chunks_per_transaction: usize,
 }
 

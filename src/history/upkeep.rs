@@ -27,12 +27,12 @@ const SLICE_ROWS: usize = 1_000;
 const ROWS_PER_READ: usize = 10_000;
 /// How many chunks one transaction deletes at the most.
 const CHUNKS_PER_DELETION: usize = 64;
-/// How many chunks one transaction of merging writes, and how many where it is behind.
-const CHUNKS_PER_TRANSACTION: usize = if cfg!(test) { 3 } else { 32 };
-const CHUNKS_HURRIED: usize = if cfg!(test) { 3 } else { 128 };
+/// How many chunks one transaction of merging writes and deletes, and how many where it is behind.
+const CHUNKS_MERGED: usize = 32;
+const CHUNKS_MERGED_HURRIED: usize = 128;
 /// How many seconds to rest for each that a transaction is open: of a way into the store that is busy the background has a tenth.
 const REST: f64 = 9.0;
-/// From so many times `history.unmerged_bytes_max` on that is less, as queries read all of it.
+/// From so many times `history.unmerged_bytes_max` on the rests are shorter and the transactions larger, as queries read all of it.
 const BACKLOG_HURRIED: f64 = 4.0;
 /// At so many times there is no rest.
 const BACKLOG_RESTLESS: f64 = 64.0;
@@ -122,7 +122,7 @@ impl Upkeep {
         let end = self.store.last_position().await?;
         loop {
             let appended = self.tail.appended_bytes();
-            let Some(Merged { after, through, rows }) = self.merger.pass(self.haste()).await? else {
+            let Some(Merged { after, through, rows }) = self.merger.pass(|| self.haste()).await? else {
                 self.merged_bytes = appended;
                 break;
             };
@@ -152,11 +152,7 @@ impl Upkeep {
 
     /// When much waits the rests are shorter, and the transactions larger.
     fn haste(&self) -> Haste {
-        let backlog = self.backlog_bytes() as f64 / self.history.unmerged_bytes_max as f64;
-        Haste {
-            rest: REST * ((BACKLOG_RESTLESS - backlog) / (BACKLOG_RESTLESS - BACKLOG_HURRIED)).clamp(0.0, 1.0),
-            chunks_per_transaction: if backlog > BACKLOG_HURRIED { CHUNKS_HURRIED } else { CHUNKS_PER_TRANSACTION },
-        }
+        haste_behind(self.backlog_bytes() as f64 / self.history.unmerged_bytes_max as f64)
     }
 
     async fn show_backlog(&self) -> Result<(), StoreError> {
@@ -174,7 +170,7 @@ impl Upkeep {
             // A start reads the latest values from the log behind those that are saved.
             if through > saved {
                 let (latest, store) = (self.latest.clone(), self.store.clone());
-                // Not rested from: it is many small transactions, done every few seconds anyway.
+                // As fast as it goes: merging waits for it, and where what is pruned is minutes old it was saved at an interval.
                 promptly(async move { latest.save(&store).await }).await?;
                 saved = self.store.latest_position().await?;
             }
@@ -227,6 +223,14 @@ impl Upkeep {
         let deleted = self.haste().write(&self.store, move |tx| Box::pin(tx.delete_oldest_chunks(before, CHUNKS_PER_DELETION))).await?;
         self.merger.metrics.expired_readings.increment(deleted.readings);
         Ok(deleted.batches)
+    }
+}
+
+/// How fast to go when so many times `history.unmerged_bytes_max` wait.
+fn haste_behind(backlog: f64) -> Haste {
+    Haste {
+        rest: REST * ((BACKLOG_RESTLESS - backlog) / (BACKLOG_RESTLESS - BACKLOG_HURRIED)).clamp(0.0, 1.0),
+        chunks_per_transaction: if backlog > BACKLOG_HURRIED { CHUNKS_MERGED_HURRIED } else { CHUNKS_MERGED },
     }
 }
 

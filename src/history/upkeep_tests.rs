@@ -140,3 +140,14 @@ async fn of_a_deleted_device_no_chunk_is_left_and_none_comes_after() {
     assert_eq!(fixture.merged().await.0, 0);
     assert_eq!(fixture.store.log_sizes(Position(0), 10).await.expect("read"), []);
 }
+
+#[test]
+fn the_more_waits_the_less_merging_rests_and_the_more_it_writes_at_once() {
+    let usual = Haste { rest: REST, chunks_per_transaction: CHUNKS_MERGED };
+    assert_eq!([0.0, 1.0, BACKLOG_HURRIED].map(haste_behind), [usual; 3]);
+    let behind = haste_behind(BACKLOG_HURRIED + 1.0);
+    assert!(behind.rest < REST && behind.chunks_per_transaction == CHUNKS_MERGED_HURRIED, "{behind:?}");
+    assert!(haste_behind(BACKLOG_HURRIED + 2.0).rest < behind.rest);
+    assert_eq!(haste_behind(BACKLOG_RESTLESS).rest, 0.0);
+    assert_eq!(haste_behind(2.0 * BACKLOG_RESTLESS).rest, 0.0);
+}

@@ -23,8 +23,8 @@ use tokio_util::sync::CancellationToken;
 const ROWS_PER_READ: usize = 256;
 const BYTES_PER_READ: usize = 4 << 20;
 /// How many rows one transaction saves, so that ingest does not wait for long.
-const ROWS_PER_SAVE: usize = 64;
-/// How much of the log a start reads again at the most, in time.
+const ROWS_PER_SAVE: usize = 256;
+/// How often what has changed is saved: so much of the log a start reads again, and what came in during a save.
 const SAVE_INTERVAL: Duration = Duration::from_secs(5);
 /// How many times as long as a transaction took a save at an interval rests behind it, so that devices do not wait for one after the other.
 const REST: u32 = 4;
@@ -158,14 +158,16 @@ impl Latest {
     /// The position goes with the last of the rows. When only some of the rows come to be written, they are ahead of the
     /// position, and a start reads what is in them from the log again; which comes to the same, as it is the latest all the same.
     pub async fn save(&self, store: &Store) -> Result<(), StoreError> {
-        self.save_resting(store, Duration::ZERO, &CancellationToken::new()).await
+        self.save_resting(store, Duration::ZERO).await
     }
 
-    /// The same, with rests between the transactions, for at most so long all in all, and until `stop`.
-    async fn save_resting(&self, store: &Store, mut rests: Duration, stop: &CancellationToken) -> Result<(), StoreError> {
+    /// The same, with rests between the transactions, for so long at the most.
+    async fn save_resting(&self, store: &Store, mut rests_max: Duration) -> Result<(), StoreError> {
         let mut saved = self.saved.lock().await;
         let behind = *saved;
-        let (position, changed) = self.state.lock().select(|latest| latest.position > behind);
+        let (position, mut changed) = self.state.lock().select(|latest| latest.position > behind);
+        // In the order of the table, as each transaction writes all pages that its rows are in.
+        changed.sort_unstable_by_key(|latest| latest.device.key);
         let mut rows = changed.into_iter().flat_map(|latest| latest.rows(behind)).peekable();
         // Also when only old readings came in, which change nothing: the log may be pruned up to the position.
         let mut whole = position == behind;
@@ -174,10 +176,10 @@ impl Latest {
             whole = rows.peek().is_none();
             let began = Instant::now();
             store.save_latest(&slice, whole.then_some(position)).await?;
-            let rest = rests.min(began.elapsed() * REST);
+            let rest = rests_max.min(began.elapsed() * REST);
             if !whole && !rest.is_zero() {
-                rests -= rest;
-                stop.run_until_cancelled(tokio::time::sleep(rest)).await;
+                rests_max -= rest;
+                tokio::time::sleep(rest).await;
             }
         }
         *saved = position;
@@ -193,7 +195,9 @@ impl Latest {
                 () = stop.cancelled() => return,
                 _ = ticks.tick() => {}
             }
-            if let Err(error) = self.save_resting(&store, RESTS_MAX, &stop).await {
+            // At the stop the last save does it all.
+            let Some(saved) = stop.run_until_cancelled(self.save_resting(&store, RESTS_MAX)).await else { return };
+            if let Err(error) = saved {
                 tracing::warn!(error = &error as &dyn std::error::Error, "latest.save_failed: trying again at the next interval");
             }
         }

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 /// After how many bytes, as [`WalGrowth`] counts them. A commit that syncs while pages are moved takes several times as long: it is
 /// better done seldom, when there is much. Of small commits most are the same pages again and again, which are moved once.
-const BYTES: u64 = if cfg!(test) { 1 << 20 } else { 64 << 20 };
+const BYTES: u64 = if cfg!(test) { 1 << 20 } else { 128 << 20 };
 /// What a transaction writes besides what it counts itself: the last pages of tables and indexes, and that of progress.
 const BYTES_PER_TRANSACTION: u64 = 3 * PAGE_BYTES as u64;
 /// After so many pages commits do it after all: whatever is wrong here, the WAL has an end.
