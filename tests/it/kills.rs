@@ -1,10 +1,13 @@
 //! The kill loop: a fleet sends while the gateway, or the database's server, is killed at random moments and started again.
-//! In the end all that was acknowledged is there once, and nothing more, and a follower has seen it so.
+//! In the end all that was acknowledged is there once, and nothing more, and a follower has seen it so; and the ledgers add up, also that of
+//! a device of whose batches some are rejected.
 //!
 //! `TIDEGATE_TEST_KILLS=100 cargo test --release --test it kills -- --nocapture` is the long one.
 
 use crate::support::{
-    channel, eventually, http_get,
+    channel,
+    client::{T0, TestDevice, nth_batch, temperatures},
+    eventually, http_get,
     load::{Witness, log},
     metric,
     postgres::{self, PostgresServer},
@@ -12,9 +15,13 @@ use crate::support::{
     random::seeded,
     script::{Script, fleet},
 };
+use bytes::Bytes;
 use rand::{Rng, rngs::SmallRng};
 use std::{net::SocketAddr, process::Command, time::Duration};
 use tempfile::TempDir;
+use tidegate::pb::{self, RejectReason};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 /// How many kills; more than in every run when the environment asks for it.
 fn kills() -> u32 {
@@ -83,12 +90,84 @@ fn start_fleet(victim: &Victim) -> Script {
     Script::start(simulate)
 }
 
+/// A device of whose batches some can't be stored, for two reasons. Each of its calls begins with the last batch that it was told is dealt
+/// with, and one that was not answered is made again.
+struct Offender {
+    device: TestDevice,
+    stop: CancellationToken,
+    /// How many batches it was told are duplicates.
+    duplicates: JoinHandle<u64>,
+}
+
+impl Offender {
+    const BATCHES_PER_CALL: u64 = 20;
+
+    fn start(victim: &Victim) -> Self {
+        let (device, stop) = (TestDevice::new(&channel(victim.gateway.grpc), "offender"), CancellationToken::new());
+        let duplicates = tokio::spawn(Self::send(device.clone(), stop.clone()));
+        Self { device, stop, duplicates }
+    }
+
+    async fn send(device: TestDevice, stop: CancellationToken) -> u64 {
+        let (mut last, mut duplicates) = (0, 0);
+        // Who asks a server that starts again and again keeps the processors from it.
+        let mut retries = tokio::time::interval(Duration::from_millis(10));
+        while !stop.is_cancelled() {
+            let call = (last.max(1)..=last + Self::BATCHES_PER_CALL).map(|sequence| (sequence, Self::batch(sequence)));
+            match device.upload(call).await {
+                Ok(answer) => {
+                    last = answer.last_durable_sequence;
+                    duplicates += answer.duplicate.unwrap_or_default().batches;
+                }
+                Err(_) => {
+                    retries.tick().await;
+                }
+            }
+        }
+        duplicates
+    }
+
+    fn batch(sequence: u64) -> Bytes {
+        match Self::reason(sequence) {
+            None => nth_batch(sequence),
+            Some(RejectReason::NonFinite) => temperatures(T0, &[f64::NAN]),
+            Some(_) => temperatures(i64::MAX, &[1.0]),
+        }
+    }
+
+    fn reason(sequence: u64) -> Option<RejectReason> {
+        match sequence % 7 {
+            3 => Some(RejectReason::NonFinite),
+            5 => Some(RejectReason::TimeInFuture),
+            _ => None,
+        }
+    }
+
+    /// Ends it; its ledger counts each of its batches once, by what became of it, and adds up.
+    async fn ends_accounted_for(self) {
+        self.stop.cancel();
+        let told = self.duplicates.await.expect("no panic");
+        let (last, ledger) = (self.device.position().await, self.device.ledger().await);
+        let count = |reason| (1..=last).filter(|&sequence| Self::reason(sequence) == reason).count() as u64;
+        let batches = |tally: Option<pb::Tally>| tally.unwrap_or_default().batches;
+        assert_eq!(batches(ledger.stored), count(None), "{ledger:?}");
+        let rejected: Vec<_> = ledger.rejected.iter().map(|rejected| (rejected.reason(), rejected.batches)).collect();
+        assert_eq!(rejected, [RejectReason::NonFinite, RejectReason::TimeInFuture].map(|reason| (reason, count(Some(reason)))));
+        let duplicates = batches(ledger.duplicate);
+        assert!(duplicates >= told, "{told} told, {ledger:?}");
+        assert_eq!((batches(ledger.pending), ledger.missing.len()), (0, 0), "{ledger:?}");
+        eprintln!("{last} batches of the offender, {duplicates} duplicates");
+    }
+}
+
 /// Ends the fleet, which verifies all that was acknowledged, and compares what it and the follower saw with the log.
-async fn all_is_there_once(fleet: Script, victim: &Victim, witness: Witness) {
+async fn all_is_there_once(fleet: Script, offender: Offender, victim: &Victim, witness: Witness) {
+    let offending = offender.device.id.clone();
+    offender.ends_accounted_for().await;
     fleet.signal("INT");
     let output: serde_json::Value = serde_json::from_str(&fleet.succeeds().await).expect("one JSON object");
     let log = log(&channel(victim.gateway.grpc)).await;
-    let batches: u64 = log.iter().map(|entry| entry.batches).sum();
+    let batches: u64 = log.iter().filter(|entry| entry.device != offending).map(|entry| entry.batches).sum();
     assert_eq!(output["acknowledged"]["batches"], batches, "{output}");
     witness.saw(&log).await;
     eprintln!("{batches} batches, {} connections anew, {} duplicates", output["reconnects"], output["duplicates"]);
@@ -100,11 +179,12 @@ async fn nothing_is_lost_or_doubled_while_the_gateway_is_killed() {
     let mut victim = Victim::start(&[MERGES_OFTEN, KEEPS_THE_LOG]).await;
     let witness = Witness::start(channel(victim.gateway.grpc));
     let fleet = start_fleet(&victim);
+    let offender = Offender::start(&victim);
     for _ in 0..kills() {
         victim.works(&mut random).await;
         victim = victim.dies(&mut random).await;
     }
-    all_is_there_once(fleet, &victim, witness).await;
+    all_is_there_once(fleet, offender, &victim, witness).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -117,6 +197,7 @@ async fn nothing_is_lost_or_doubled_while_gateway_and_server_are_killed() {
     let mut victim = Victim::start(&[MERGES_OFTEN, KEEPS_THE_LOG, &format!("--storage-url={}", server.database())]).await;
     let witness = Witness::start(channel(victim.gateway.grpc));
     let fleet = start_fleet(&victim);
+    let offender = Offender::start(&victim);
     for kill in 0..kills() {
         victim.works(&mut random).await;
         if kill % 2 == 0 {
@@ -127,5 +208,5 @@ async fn nothing_is_lost_or_doubled_while_gateway_and_server_are_killed() {
             tokio::task::block_in_place(|| server.start_again());
         }
     }
-    all_is_there_once(fleet, &victim, witness).await;
+    all_is_there_once(fleet, offender, &victim, witness).await;
 }
