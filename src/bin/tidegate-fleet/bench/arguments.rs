@@ -2,6 +2,7 @@
 
 use super::server::{Kind, Setup};
 use crate::{Usage, cli::duration};
+use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 use std::{path::PathBuf, time::Duration};
@@ -96,6 +97,34 @@ pub struct Matrix {
     /// Compare the gateway with itself without the layers around its services.
     #[arg(long, conflicts_with = "slow_sync")]
     pub bare: bool,
+    /// Compares the gateway with itself without TLS.
+    #[command(flatten)]
+    pub tls: Tls,
+}
+
+/// Whether the gateway speaks TLS.
+#[derive(Debug, Clone, Args)]
+pub struct Tls {
+    /// Speak TLS: the gateway's certificate for localhost, PEM. The devices trust it, so it is signed by itself.
+    #[arg(long, requires = "key_file", value_name = "FILE")]
+    certificate_file: Option<PathBuf>,
+    /// The certificate's private key, PEM.
+    #[arg(long, requires = "certificate_file", value_name = "FILE")]
+    key_file: Option<PathBuf>,
+}
+
+impl Tls {
+    pub fn is_on(&self) -> bool {
+        self.certificate_file.is_some()
+    }
+
+    /// What the gateway is told, and the certificate that devices trust; nothing without TLS.
+    pub fn apply(&self, setup: &mut Setup) -> anyhow::Result<Option<Vec<u8>>> {
+        let Some((certificate, key)) = self.certificate_file.as_deref().zip(self.key_file.as_deref()) else { return Ok(None) };
+        let flags = [("certificate", certificate), ("key", key)].map(|(what, file)| format!("--tls-{what}-file={}", file.display()));
+        setup.flags.extend(flags);
+        Ok(Some(std::fs::read(certificate).with_context(|| format!("cannot read {}", certificate.display()))?))
+    }
 }
 
 /// What the gateway is compared with.
@@ -107,6 +136,8 @@ pub enum Reference {
     WithoutDelay,
     /// Itself, without the layers around its services.
     Bare,
+    /// Itself, without TLS.
+    WithoutTls,
 }
 
 impl Reference {
@@ -116,6 +147,7 @@ impl Reference {
             Self::NullSink => "null sink",
             Self::WithoutDelay => "without the delay",
             Self::Bare => "without layers",
+            Self::WithoutTls => "without TLS",
         }
     }
 
@@ -125,6 +157,7 @@ impl Reference {
             Self::NullSink => "throughput",
             Self::WithoutDelay => "slow-sync",
             Self::Bare => "layers",
+            Self::WithoutTls => "tls",
         }
     }
 }
@@ -132,10 +165,11 @@ impl Reference {
 impl Matrix {
     /// What the gateway is compared with.
     pub fn reference(&self) -> Reference {
-        match (self.slow_sync, self.bare) {
-            (Some(_), _) => Reference::WithoutDelay,
-            (None, true) => Reference::Bare,
-            (None, false) => Reference::NullSink,
+        match (self.slow_sync, self.bare, self.tls.is_on()) {
+            (Some(_), _, _) => Reference::WithoutDelay,
+            (None, true, _) => Reference::Bare,
+            (None, false, true) => Reference::WithoutTls,
+            (None, false, false) => Reference::NullSink,
         }
     }
 }
@@ -238,12 +272,8 @@ pub struct Idle {
     /// Kill the gateway and start it again, so that all come back at once.
     #[arg(long)]
     pub storm: bool,
-    /// Speak TLS: the gateway's certificate for localhost, PEM. The devices trust it, so it is signed by itself.
-    #[arg(long, requires = "key_file", value_name = "FILE")]
-    pub certificate_file: Option<PathBuf>,
-    /// The certificate's private key, PEM.
-    #[arg(long, requires = "certificate_file", value_name = "FILE")]
-    pub key_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub tls: Tls,
     #[command(flatten)]
     pub common: Common,
 }
@@ -251,7 +281,7 @@ pub struct Idle {
 impl Idle {
     /// The section of PERFORMANCE.md.
     pub fn section(&self) -> &'static str {
-        if self.certificate_file.is_some() { "idle-tls" } else { "idle" }
+        if self.tls.is_on() { "idle-tls" } else { "idle" }
     }
 }
 

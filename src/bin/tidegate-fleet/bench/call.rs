@@ -5,7 +5,11 @@ use bytes::Bytes;
 use http::{Request, header};
 use http_body::Body;
 use prost::Message;
-use tonic::{Status, Streaming, codec::Codec, transport::Channel};
+use tonic::{
+    Status, Streaming,
+    codec::Codec,
+    transport::{Channel, Endpoint},
+};
 use tonic_prost::ProstCodec;
 use tower::{Service, ServiceExt};
 
@@ -14,7 +18,11 @@ pub const CONNECT: &str = "/tidegate.v1.DeviceLinkService/Connect";
 
 /// A client's connections, each of its own.
 pub async fn connect(endpoint: &str, connections: u32) -> anyhow::Result<Vec<Channel>> {
-    let endpoint = tonic::transport::Endpoint::from_shared(endpoint.to_owned())?.tcp_nodelay(true);
+    connect_to(&Endpoint::from_shared(endpoint.to_owned())?.tcp_nodelay(true), connections).await
+}
+
+/// The same to an endpoint that may speak TLS.
+pub async fn connect_to(endpoint: &Endpoint, connections: u32) -> anyhow::Result<Vec<Channel>> {
     let mut channels = Vec::with_capacity(connections as usize);
     for _ in 0..connections {
         channels.push(endpoint.connect().await?);

@@ -24,7 +24,7 @@ use std::{
 };
 use tidegate::{
     app::open_files,
-    client::{Backoff, BackoffSettings, Credentials, endpoint_with},
+    client::{Backoff, BackoffSettings},
     model::StreamId,
     pb::{self, connect_response::Message},
 };
@@ -93,25 +93,18 @@ impl Outcome {
 }
 
 pub async fn run(arguments: &Idle) -> anyhow::Result<Outcome> {
-    let Idle { connections, storm, certificate_file, key_file, common } = arguments;
+    let Idle { connections, storm, tls, common } = arguments;
     let files = open_files::raise_limit();
     if files <= u64::from(*connections) {
         bail!("the limit on open files is {files}, and each connection is one: raise the hard limit");
     }
     let data = DataDir::new(common.data_dir.as_deref())?;
     let mut setup = common.gateway(Store::Sqlite)?;
-    let authority = match certificate_file.as_deref().zip(key_file.as_deref()) {
-        Some((certificate, key)) => {
-            let flags = [("certificate", certificate), ("key", key)].map(|(what, file)| format!("--tls-{what}-file={}", file.display()));
-            setup.flags.extend(flags);
-            Some(std::fs::read(certificate).with_context(|| format!("cannot read {}", certificate.display()))?)
-        }
-        None => None,
-    };
+    let authority = tls.apply(&mut setup)?;
     let server = Server::start(&setup, data.path()).await?;
     let resident_before_bytes = server.usage()?.resident_bytes;
     setup.listen = Some(server.grpc());
-    let fleet = Arc::new(Fleet::new(endpoint(&server, authority.as_deref())?));
+    let fleet = Arc::new(Fleet::new(server.secured_endpoint(authority.as_deref())?));
     let mut links = JoinSet::new();
     for number in 0..*connections {
         links.spawn(fleet.clone().keep_linked(number));
@@ -130,13 +123,6 @@ pub async fn run(arguments: &Idle) -> anyhow::Result<Outcome> {
         bytes_per_connection,
         storm,
     })
-}
-
-/// Where the devices connect to; with TLS, trusting `authority`.
-fn endpoint(server: &Server, authority: Option<&[u8]>) -> anyhow::Result<Endpoint> {
-    let Some(authority) = authority else { return Ok(Endpoint::from_shared(server.endpoint())?.tcp_nodelay(true)) };
-    let credentials = Credentials { authorities: Some(authority.to_vec()), ..Credentials::default() };
-    Ok(endpoint_with(&format!("https://localhost:{}", server.grpc().port()), &credentials)?.tcp_nodelay(true))
 }
 
 /// Kills the gateway, starts it again, and waits until all are back.

@@ -9,10 +9,12 @@ use std::{
     process::{Child, ChildStderr, Command, Stdio},
     time::Duration,
 };
+use tidegate::client::{Credentials, endpoint_with};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     time::Instant,
 };
+use tonic::transport::Endpoint;
 
 /// How long a server may take to start or to answer.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -110,6 +112,13 @@ impl Server {
     /// Where it takes calls.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.grpc)
+    }
+
+    /// The same for a client; with TLS, trusting `authority`.
+    pub fn secured_endpoint(&self, authority: Option<&[u8]>) -> anyhow::Result<Endpoint> {
+        let Some(authority) = authority else { return Ok(Endpoint::from_shared(self.endpoint())?.tcp_nodelay(true)) };
+        let credentials = Credentials { authorities: Some(authority.to_vec()), ..Credentials::default() };
+        Ok(endpoint_with(&format!("https://localhost:{}", self.grpc.port()), &credentials)?.tcp_nodelay(true))
     }
 
     /// Where it listens.
