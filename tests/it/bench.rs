@@ -1,6 +1,9 @@
 //! The benchmarks run and their results are what they say; how fast it is is not a matter of tests.
 
-use crate::support::script::{Script, fleet};
+use crate::support::{
+    certificates::Authority,
+    script::{Script, fleet},
+};
 
 async fn bench(arguments: &[&str]) -> serde_json::Value {
     let mut bench = fleet();
@@ -26,6 +29,22 @@ async fn a_gateway_without_layers_acknowledges_and_stores() {
     let report = bench(&["--bare", "--batch=10", "--connections=2", "--devices=4", "--slices=2", "--slice-duration=100ms"]).await;
     assert_eq!(report["reference"], "bare");
     assert!(report["cells"][0]["reference"]["rate"].as_f64() > Some(0.0), "{report}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_with_tls_is_compared_with_itself_without() {
+    let authority = Authority::new();
+    let server = authority.server();
+    // With that of its authority, as the file is also what devices trust.
+    let certificate = authority.write("cert.pem", &format!("{}{}", server.certificate, authority.pem)).display().to_string();
+    let key = authority.write("key.pem", &server.key).display().to_string();
+    let with_tls = ["--certificate-file", &certificate, "--key-file", &key];
+    let small = ["--batch=10", "--connections=2", "--devices=4", "--slices=2", "--slice-duration=100ms"];
+    let report = bench(&[&with_tls[..], &small].concat()).await;
+    assert_eq!(report["reference"], "without_tls");
+    for server in ["gateway", "reference"] {
+        assert!(report["cells"][0][server]["rate"].as_f64() > Some(0.0), "{report}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
