@@ -14,13 +14,14 @@ use crate::support::{
     process::GatewayProcess,
     random::seeded,
     script::{Script, fleet},
+    soon,
 };
 use bytes::Bytes;
 use rand::{Rng, rngs::SmallRng};
 use std::{net::SocketAddr, process::Command, time::Duration};
 use tempfile::TempDir;
 use tidegate::pb::{self, RejectReason};
-use tokio::task::JoinHandle;
+use tokio::{task::JoinHandle, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 /// How many kills; more than in every run when the environment asks for it.
@@ -112,19 +113,21 @@ impl Offender {
         let (mut last, mut duplicates) = (0, 0);
         // Who asks a server that starts again and again keeps the processors from it.
         let mut retries = tokio::time::interval(Duration::from_millis(10));
-        while !stop.is_cancelled() {
+        retries.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            // The last call is answered, too.
+            let stopping = stop.is_cancelled();
             let call = (last.max(1)..=last + Self::BATCHES_PER_CALL).map(|sequence| (sequence, Self::batch(sequence)));
-            match device.upload(call).await {
-                Ok(answer) => {
-                    last = answer.last_durable_sequence;
-                    duplicates += answer.duplicate.unwrap_or_default().batches;
+            if let Ok(answer) = device.upload(call).await {
+                last = answer.last_durable_sequence;
+                duplicates += answer.duplicate.unwrap_or_default().batches;
+                if stopping {
+                    return duplicates;
                 }
-                Err(_) => {
-                    retries.tick().await;
-                }
+            } else {
+                retries.tick().await;
             }
         }
-        duplicates
     }
 
     fn batch(sequence: u64) -> Bytes {
@@ -146,7 +149,7 @@ impl Offender {
     /// Ends it; its ledger counts each of its batches once, by what became of it, and adds up.
     async fn ends_accounted_for(self) {
         self.stop.cancel();
-        let told = self.duplicates.await.expect("no panic");
+        let told = soon("its last call is answered", self.duplicates).await.expect("no panic");
         let (last, ledger) = (self.device.position().await, self.device.ledger().await);
         let count = |reason| (1..=last).filter(|&sequence| Self::reason(sequence) == reason).count() as u64;
         let batches = |tally: Option<pb::Tally>| tally.unwrap_or_default().batches;

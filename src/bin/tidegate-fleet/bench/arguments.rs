@@ -95,9 +95,9 @@ pub struct Matrix {
     #[arg(long, value_parser = duration, value_name = "DURATION")]
     pub slow_sync: Option<Duration>,
     /// Compare the gateway with itself without the layers around its services.
-    #[arg(long, conflicts_with = "slow_sync")]
+    #[arg(long, conflicts_with_all = ["slow_sync", "certificate_file"])]
     pub bare: bool,
-    /// Compares the gateway with itself without TLS.
+    /// With TLS: compare the gateway with itself without.
     #[command(flatten)]
     pub tls: Tls,
 }
