@@ -2,7 +2,7 @@
 
 use super::series::Series;
 use crate::{
-    fleet::{Device, Sensors},
+    fleet::{Device, Sensors, sensors::Cursor},
     model::{
         ValueKind,
         batch::{DecodedColumn, decode_stored},
@@ -112,7 +112,7 @@ impl Gather {
     /// Takes the readings of a batch from its bytes, if it is written as usual and all its sensors are known.
     fn add_in_place(&mut self, key: DeviceKey, batch: &[u8]) -> Result<(), Unusual> {
         let Some(device) = self.devices.get_mut(&key).filter(|device| device.device.is_some()) else { return Ok(()) };
-        let mut next = 0;
+        let mut cursor = Cursor::default();
         for frame in scan::frames(batch) {
             let frame = frame?;
             self.times.clear();
@@ -121,7 +121,7 @@ impl Gather {
             }
             for column in frame.columns() {
                 let column = column?;
-                let index = device.sensors.index_of(&column, &mut next).ok_or(Unusual)?;
+                let index = device.sensors.index_of(&column, &mut cursor).ok_or(Unusual)?;
                 let place = device.place(index, &mut self.sensors);
                 self.bytes += self.sensors[place].readings.append_encoded(&self.times, frame.clock_correction, &column.values)?;
             }

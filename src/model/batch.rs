@@ -205,6 +205,10 @@ impl CheckedBatch {
 
 /// A batch of several frames that has more columns and sensors than this is decoded: to look for each would take long.
 const FOLDED_MAX: usize = 128;
+/// About what a column takes whose sensor has one reading.
+const COLUMN_BYTES: usize = 24;
+/// For so many sensors of a batch there is room from the beginning.
+const LATEST_EXPECTED_MAX: usize = 16;
 /// No sensor's number: that of a reading which another has taken the place of.
 const FOLDED: i64 = i64::MIN;
 
@@ -226,7 +230,7 @@ fn check_in_place(
 ) -> Result<(BatchSummary, Vec<LatestReading>), Unusual> {
     let (earliest, latest_time) = limits.times(received);
     let (mut readings, mut first, mut last) = (0_usize, i64::MAX, i64::MIN);
-    let mut latest: Vec<LatestReading> = Vec::new();
+    let mut latest: Vec<LatestReading> = Vec::with_capacity((bytes.len() / COLUMN_BYTES).clamp(1, LATEST_EXPECTED_MAX));
     for frame in scan::frames(bytes) {
         let frame = frame?;
         if frame.clock_correction != 0 && !corrected {
