@@ -9,13 +9,13 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
-/// See the [module](self). It never changes, but for what it learns of the device's habits: a device gets a new one.
+/// See the [module](self). Its sensors never change: a device with others gets a new one. Only their order is learnt.
 #[derive(Debug, Default)]
 pub struct Sensors {
-    // In the order of their registration.
+    // In the order of their registration: of those that came in one batch alphabetically.
     rows: Vec<SensorRow>,
     by_name: HashMap<String, usize>,
-    // Which of them a batch last named behind each, and, as the last, which it named first: a device mostly keeps to an order. No more than a
+    // Which of them a batch named behind each, and, as the last, which it named first: a device mostly keeps to an order. No more than a
     // guess, so that it does not matter which of two batches that are read at once has its say.
     successors: Vec<AtomicUsize>,
 }
@@ -67,7 +67,7 @@ impl Sensors {
         self.rows.is_empty()
     }
 
-    /// The number of a column's sensor among these. It is looked for first where the device's last batch had it: behind the column
+    /// The number of a column's sensor among these. It is looked for first where a batch before had it: behind the column
     /// before, which `cursor` remembers.
     #[inline]
     pub fn index_of(&self, column: &scan::Column<'_>, cursor: &mut Cursor) -> Option<usize> {

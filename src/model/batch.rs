@@ -207,8 +207,9 @@ impl CheckedBatch {
 const FOLDED_MAX: usize = 128;
 /// About what a column takes whose sensor has one reading.
 const COLUMN_BYTES: usize = 24;
-/// For so many sensors of a batch there is room from the beginning.
-const LATEST_EXPECTED_MAX: usize = 16;
+/// For so many sensors of a batch there is room from the beginning, so that it need not be moved to grow; of more it is not known whether a batch
+/// has them.
+const LATEST_EXPECTED_MAX: usize = 8;
 /// No sensor's number: that of a reading which another has taken the place of.
 const FOLDED: i64 = i64::MIN;
 
@@ -243,7 +244,7 @@ fn check_in_place(
         for column in frame.columns() {
             let column = column?;
             let KnownSensor { key, allow_non_finite } = known(&column).ok_or(Unusual)?;
-            // A frame names its sensors mostly in the order of their numbers, so that few have to be looked for.
+            // A device that names its sensors in the order of their numbers has none looked for.
             if key <= highest_key && latest[columns_before..].iter().any(|before| before.sensor_key == key) {
                 return Err(Unusual);
             }

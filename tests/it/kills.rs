@@ -23,6 +23,7 @@ use tempfile::TempDir;
 use tidegate::pb::{self, RejectReason};
 use tokio::{task::JoinHandle, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
+use tonic::Code;
 
 /// How many kills; more than in every run when the environment asks for it.
 fn kills() -> u32 {
@@ -96,8 +97,8 @@ fn start_fleet(victim: &Victim) -> Script {
 struct Offender {
     device: TestDevice,
     stop: CancellationToken,
-    /// How many batches it was told are duplicates.
-    duplicates: JoinHandle<u64>,
+    /// The last sequence that it was told is dealt with, and how many batches it was told are duplicates.
+    told: JoinHandle<(u64, u64)>,
 }
 
 impl Offender {
@@ -105,27 +106,29 @@ impl Offender {
 
     fn start(victim: &Victim) -> Self {
         let (device, stop) = (TestDevice::new(&channel(victim.gateway.grpc), "offender"), CancellationToken::new());
-        let duplicates = tokio::spawn(Self::send(device.clone(), stop.clone()));
-        Self { device, stop, duplicates }
+        let told = tokio::spawn(Self::send(device.clone(), stop.clone()));
+        Self { device, stop, told }
     }
 
-    async fn send(device: TestDevice, stop: CancellationToken) -> u64 {
+    async fn send(device: TestDevice, stop: CancellationToken) -> (u64, u64) {
         let (mut last, mut duplicates) = (0, 0);
-        // Who asks a server that starts again and again keeps the processors from it.
-        let mut retries = tokio::time::interval(Duration::from_millis(10));
-        retries.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // The most of what is stored between two kills is the fleet's.
+        let mut calls = tokio::time::interval(Duration::from_millis(200));
+        calls.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            calls.tick().await;
             // The last call is answered, too.
             let stopping = stop.is_cancelled();
             let call = (last.max(1)..=last + Self::BATCHES_PER_CALL).map(|sequence| (sequence, Self::batch(sequence)));
-            if let Ok(answer) = device.upload(call).await {
-                last = answer.last_durable_sequence;
-                duplicates += answer.duplicate.unwrap_or_default().batches;
-                if stopping {
-                    return duplicates;
+            match device.upload(call).await {
+                Ok(answer) => {
+                    last = answer.last_durable_sequence;
+                    duplicates += answer.duplicate.unwrap_or_default().batches;
+                    if stopping {
+                        return (last, duplicates);
+                    }
                 }
-            } else {
-                retries.tick().await;
+                Err(status) => assert_ne!(status.code(), Code::FailedPrecondition, "what was acknowledged is gone: {status}"),
             }
         }
     }
@@ -146,11 +149,12 @@ impl Offender {
         }
     }
 
-    /// Ends it; its ledger counts each of its batches once, by what became of it, and adds up.
-    async fn ends_accounted_for(self) {
+    /// Ends it; its ledger counts each of its batches once, by what became of it, and adds up. Returns how many are to be stored.
+    async fn ends_accounted_for(&mut self) -> u64 {
         self.stop.cancel();
-        let told = soon("its last call is answered", self.duplicates).await.expect("no panic");
-        let (last, ledger) = (self.device.position().await, self.device.ledger().await);
+        let (last, told) = soon("its last call is answered", &mut self.told).await.expect("no panic");
+        assert_eq!(self.device.position().await, last);
+        let ledger = self.device.ledger().await;
         let count = |reason| (1..=last).filter(|&sequence| Self::reason(sequence) == reason).count() as u64;
         let batches = |tally: Option<pb::Tally>| tally.unwrap_or_default().batches;
         assert_eq!(batches(ledger.stored), count(None), "{ledger:?}");
@@ -160,20 +164,23 @@ impl Offender {
         assert!(duplicates >= told, "{told} told, {ledger:?}");
         assert_eq!((batches(ledger.pending), ledger.missing.len()), (0, 0), "{ledger:?}");
         eprintln!("{last} batches of the offender, {duplicates} duplicates");
+        count(None)
     }
 }
 
 /// Ends the fleet, which verifies all that was acknowledged, and compares what it and the follower saw with the log.
-async fn all_is_there_once(fleet: Script, offender: Offender, victim: &Victim, witness: Witness) {
-    let offending = offender.device.id.clone();
-    offender.ends_accounted_for().await;
+async fn all_is_there_once(fleet: Script, mut offender: Offender, victim: &Victim, witness: Witness) {
+    let offended = offender.ends_accounted_for().await;
     fleet.signal("INT");
     let output: serde_json::Value = serde_json::from_str(&fleet.succeeds().await).expect("one JSON object");
     let log = log(&channel(victim.gateway.grpc)).await;
-    let batches: u64 = log.iter().filter(|entry| entry.device != offending).map(|entry| entry.batches).sum();
-    assert_eq!(output["acknowledged"]["batches"], batches, "{output}");
+    let batches = |offends: bool| -> u64 {
+        log.iter().filter(|entry| (entry.device == offender.device.id) == offends).map(|entry| entry.batches).sum()
+    };
+    assert_eq!(output["acknowledged"]["batches"], batches(false), "{output}");
+    assert_eq!(batches(true), offended, "of the offender");
     witness.saw(&log).await;
-    eprintln!("{batches} batches, {} connections anew, {} duplicates", output["reconnects"], output["duplicates"]);
+    eprintln!("{} batches, {} connections anew, {} duplicates", batches(false), output["reconnects"], output["duplicates"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

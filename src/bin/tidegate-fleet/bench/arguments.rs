@@ -92,12 +92,12 @@ pub struct Matrix {
     #[arg(long, value_enum, default_value = "sqlite", value_name = "STORE")]
     pub store: Stores,
     /// Compare the gateway on a disk whose sync takes so much longer with the gateway without that delay.
-    #[arg(long, value_parser = duration, value_name = "DURATION")]
+    #[arg(long, conflicts_with = "certificate_file", value_parser = duration, value_name = "DURATION")]
     pub slow_sync: Option<Duration>,
     /// Compare the gateway with itself without the layers around its services.
     #[arg(long, conflicts_with_all = ["slow_sync", "certificate_file"])]
     pub bare: bool,
-    /// With TLS: compare the gateway with itself without.
+    // Compares the gateway with itself without TLS.
     #[command(flatten)]
     pub tls: Tls,
 }
@@ -105,7 +105,7 @@ pub struct Matrix {
 /// Whether the gateway speaks TLS.
 #[derive(Debug, Clone, Args)]
 pub struct Tls {
-    /// Speak TLS: the gateway's certificate for localhost, PEM. The devices trust it, so it is signed by itself.
+    /// Speak TLS: the gateway's certificate for localhost, PEM. The devices trust it, so it is signed by itself. `bench` then compares the gateway with itself without TLS.
     #[arg(long, requires = "key_file", value_name = "FILE")]
     certificate_file: Option<PathBuf>,
     /// The certificate's private key, PEM.

@@ -1,4 +1,4 @@
-//! The gateway beside a null sink, for sizes of batches and numbers of connections.
+//! The gateway beside a null sink, or beside itself without what is to be measured, for sizes of batches and numbers of connections.
 
 use super::{
     arguments::{Common, Matrix, Reference, Store},
