@@ -35,7 +35,7 @@ const REST: f64 = 9.0;
 /// From so many times `history.unmerged_bytes_max` on the rests are shorter and the transactions larger, as queries read all of it.
 const BACKLOG_HURRIED: f64 = 4.0;
 /// At so many times there is no rest.
-const BACKLOG_RESTLESS: f64 = 64.0;
+const BACKLOG_RESTLESS: f64 = 16.0;
 /// How long deleting may keep merging waiting that has much to do.
 const DELETING_MAX: Duration = Duration::from_secs(10);
 /// How much free space the database keeps for what is written next: an eighth of what is used, and at least this.
