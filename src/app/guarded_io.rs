@@ -11,6 +11,12 @@
 //! Calls that are reset are dear besides: a frame or two begin one, and it costs some hundred times what they do. A client may have many,
 //! all at once. So for a while behind each the next calls come apart, and others have their turn between them. That goes for those that the gateway resets,
 //! too, but not where nothing is wrong (NO_ERROR): so it ends an upload that it answers before the client is done.
+//!
+//! Besides it writes and ends as suits clients that do nothing wrong:
+//! - A write gives way to what else is to be done, once. Many calls that share a connection are answered by one commit, and what they have
+//!   to say then goes out together instead of in one packet each.
+//! - Behind its last byte a connection waits for a while until the client closes, too. Closed at once, with something unread in it, it would be
+//!   reset, and a client that gives back a window at that moment would lose the end of its responses (RFC 1122 section 4.2.2.13).
 
 use super::{
     arrivals::{Account, FUTILE_COST},
@@ -46,6 +52,11 @@ const APART_FOR_MAX: Duration = Duration::from_millis(500);
 /// How much is read at once meanwhile. There are but a few calls in it.
 const SHORT_READ_BYTES: usize = 512;
 
+/// How long a connection whose end was sent waits for the client to close.
+const LINGER: Duration = Duration::from_secs(1);
+/// How much the client may send meanwhile, which is thrown away.
+const LINGER_BYTES_MAX: u32 = 64 << 10;
+
 /// What a connection may do.
 pub struct IoLimits {
     /// How many control frames a client may send, beside those that answer DATA.
@@ -72,6 +83,10 @@ pub struct GuardedIo<T> {
     // Until when calls come apart.
     apart_until: Option<Instant>,
     patience: Patience,
+    // Whether what is being written has given way already.
+    gave_way: bool,
+    // How much more is read behind the end, once that was sent.
+    linger_bytes: Option<u32>,
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
@@ -95,6 +110,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
             last_stream: 0,
             apart_until: None,
             patience: Patience::default(),
+            gave_way: false,
+            linger_bytes: None,
         })
     }
 
@@ -174,6 +191,30 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
         }
     }
 
+    /// Gives way, once before each flush.
+    fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if std::mem::replace(&mut self.gave_way, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// Waits for the client to close, having sent the end.
+    fn poll_closed(&mut self, cx: &mut Context<'_>, mut bytes_left: u32) -> Poll<()> {
+        let mut bytes = [0; 4 << 10];
+        while bytes_left > 0 && self.patience.poll_exhausted(LINGER, cx).is_pending() {
+            let mut buf = ReadBuf::new(&mut bytes);
+            let read = ready!(Pin::new(&mut self.inner).poll_read(cx, &mut buf));
+            if read.is_err() || buf.filled().is_empty() {
+                break;
+            }
+            bytes_left = bytes_left.saturating_sub(buf.filled().len() as u32);
+            self.linger_bytes = Some(bytes_left);
+        }
+        Poll::Ready(())
+    }
+
     /// What writing came to, unless it has taken too long.
     fn with_patience<R>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<R>>) -> Poll<io::Result<R>> {
         if written.is_ready() {
@@ -213,6 +254,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedIo<T> {
 
     fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, pieces: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        ready!(this.poll_turn(cx));
         let written = Pin::new(&mut this.inner).poll_write_vectored(cx, pieces);
         if let Poll::Ready(Ok(count)) = written {
             this.note_sent(pieces, count);
@@ -228,13 +270,20 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedIo<T> {
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let flushed = Pin::new(&mut this.inner).poll_flush(cx);
+        this.gave_way &= flushed.is_pending();
         this.with_patience(cx, flushed)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        if let Some(bytes_left) = this.linger_bytes {
+            return this.poll_closed(cx, bytes_left).map(Ok);
+        }
         let shut = Pin::new(&mut this.inner).poll_shutdown(cx);
-        this.with_patience(cx, shut)
+        ready!(this.with_patience(cx, shut))?;
+        this.linger_bytes = Some(LINGER_BYTES_MAX);
+        this.patience = Patience::default();
+        this.poll_closed(cx, LINGER_BYTES_MAX).map(Ok)
     }
 }
 
@@ -253,7 +302,10 @@ mod tests {
     use super::*;
     use futures_util::FutureExt;
     use std::net::Ipv4Addr;
-    use tokio::io::{AsyncWriteExt, DuplexStream, duplex};
+    use tokio::{
+        io::{AsyncWriteExt, DuplexStream, duplex},
+        net::{TcpListener, TcpStream},
+    };
 
     const CALLS: u32 = 30;
     const CALL_BYTES: usize = 100;
@@ -277,19 +329,24 @@ mod tests {
         reset
     }
 
-    /// Of a client that has sent these frames.
-    async fn connection(frames: &[u8]) -> (DuplexStream, GuardedIo<DuplexStream>) {
-        let (mut client, gateway) = duplex(64 << 10);
-        client.write_all(&[PREFACE, frames].concat()).await.expect("there is room");
-        let limits = IoLimits {
+    fn limits() -> IoLimits {
+        IoLimits {
             control: ControlLimits { units_per_second_max: 1_000, held_max: Duration::from_secs(10) },
             unread_timeout: Duration::from_secs(60),
             flooding: Counter::noop(),
             unread: Counter::noop(),
-        };
-        let mut connection = GuardedIo::accept(gateway, Arc::new(limits), Account::of(&Arc::default(), Ipv4Addr::LOCALHOST.into()))
-            .await
-            .expect("it is HTTP/2");
+        }
+    }
+
+    fn account() -> Account {
+        Account::of(&Arc::default(), Ipv4Addr::LOCALHOST.into())
+    }
+
+    /// Of a client that has sent these frames.
+    async fn connection(frames: &[u8]) -> (DuplexStream, GuardedIo<DuplexStream>) {
+        let (mut client, gateway) = duplex(64 << 10);
+        client.write_all(&[PREFACE, frames].concat()).await.expect("there is room");
+        let mut connection = GuardedIo::accept(gateway, Arc::new(limits()), account()).await.expect("it is HTTP/2");
         connection.read_exact(&mut [0; PREFACE.len()]).await.expect("shown once more");
         (client, connection)
     }
@@ -343,5 +400,65 @@ mod tests {
         assert_eq!(connection.apart_until, None);
         connection.write_all(&reset(CANCEL)).await.expect("sent");
         assert!(connection.apart_until.is_some());
+    }
+
+    #[tokio::test]
+    async fn a_write_gives_way_once() {
+        let (_client, mut connection) = connection(&[]).await;
+        for _ in 0..2 {
+            assert_eq!(connection.write(b"a").now_or_never().map(drop), None, "others have their turn");
+            connection.write_all(b"a").now_or_never().expect("at once").expect("sent");
+            connection.write_all(b"b").now_or_never().expect("at once").expect("sent");
+            connection.flush().now_or_never().expect("at once").expect("sent");
+        }
+    }
+
+    /// A connection over TCP, whose client has sent something that nobody has read.
+    async fn connection_over_tcp() -> (TcpStream, GuardedIo<TcpStream>) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
+        let mut client = TcpStream::connect(listener.local_addr().expect("bound")).await.expect("it listens");
+        client.write_all(&[PREFACE, &frame(0, 1, 100)[..]].concat()).await.expect("there is room");
+        let (gateway, _) = listener.accept().await.expect("connected");
+        (client, GuardedIo::accept(gateway, Arc::new(limits()), account()).await.expect("it is HTTP/2"))
+    }
+
+    #[tokio::test]
+    async fn the_last_bytes_arrive_though_the_client_sends_until_then() {
+        let (mut client, mut connection) = connection_over_tcp().await;
+        let end = tokio::spawn(async move {
+            connection.write_all(b"the end").await?;
+            connection.shutdown().await
+        });
+        let mut read = Vec::new();
+        client.read_to_end(&mut read).await.expect("no reset");
+        assert_eq!(read, b"the end");
+        client.write_all(b"what it gives back").await.expect("no reset");
+        assert!(!end.is_finished(), "the client has not closed");
+        drop(client);
+        end.await.expect("no panic").expect("ended");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_close_is_not_waited_for_for_long() {
+        let (mut client, mut connection) = connection(&[]).await;
+        let sent = Instant::now();
+        connection.shutdown().await.expect("ended");
+        assert!(sent.elapsed() >= LINGER);
+        client.write_all(b"still there").await.expect("open");
+    }
+
+    #[tokio::test]
+    async fn nor_is_one_that_sends_on() {
+        let (mut client, mut connection) = connection(&[]).await;
+        let flood = tokio::spawn(async move {
+            let mut sent = 0;
+            while client.write_all(&[0; 1 << 10]).await.is_ok() {
+                sent += 1 << 10;
+            }
+            sent
+        });
+        connection.shutdown().await.expect("ended");
+        drop(connection);
+        assert!(flood.await.expect("no panic") >= LINGER_BYTES_MAX);
     }
 }
