@@ -48,6 +48,20 @@ async fn a_gateway_with_tls_is_compared_with_itself_without() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_whose_certificate_devices_refuse_is_not_measured() {
+    let authority = Authority::new();
+    let server = authority.server();
+    // By itself it proves nothing.
+    let certificate = authority.write("cert.pem", &server.certificate).display().to_string();
+    let key = authority.write("key.pem", &server.key).display().to_string();
+    for run in [&["--slices=1"][..], &["idle", "--connections=1"]] {
+        let mut bench = fleet();
+        bench.arg("bench").args(run).args(["--certificate-file", &certificate, "--key-file", &key]);
+        Script::start(bench).fails_saying(1, "certificate").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn every_acknowledgement_of_a_link_is_timed() {
     let outcome = bench(&["latency", "--batch=10", "--connections=2", "--devices=4", "--duration=1s"]).await;
     let rates = outcome["acknowledgements"].as_array().expect("several");

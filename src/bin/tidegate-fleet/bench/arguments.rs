@@ -118,12 +118,13 @@ impl Tls {
         self.certificate_file.is_some()
     }
 
-    /// What the gateway is told, and the certificate that devices trust; nothing without TLS.
-    pub fn apply(&self, setup: &mut Setup) -> anyhow::Result<Option<Vec<u8>>> {
-        let Some((certificate, key)) = self.certificate_file.as_deref().zip(self.key_file.as_deref()) else { return Ok(None) };
+    /// Has the gateway speak TLS, if it is to, and the devices trust it.
+    pub fn apply(&self, setup: &mut Setup) -> anyhow::Result<()> {
+        let Some((certificate, key)) = self.certificate_file.as_deref().zip(self.key_file.as_deref()) else { return Ok(()) };
         let flags = [("certificate", certificate), ("key", key)].map(|(what, file)| format!("--tls-{what}-file={}", file.display()));
         setup.flags.extend(flags);
-        Ok(Some(std::fs::read(certificate).with_context(|| format!("cannot read {}", certificate.display()))?))
+        setup.authority = Some(std::fs::read(certificate).with_context(|| format!("cannot read {}", certificate.display()))?);
+        Ok(())
     }
 }
 

@@ -62,7 +62,7 @@ pub async fn run(arguments: &Backlog) -> anyhow::Result<Outcome> {
     let setup = Setup { judges_age: true, ..common.gateway(*store)? };
     let server = Server::start(&setup, data.path()).await?;
     let shape = Shape::of(*batch as usize);
-    let live_channels = call::connect(&server.endpoint(), LIVE_CONNECTIONS.min(*live_devices)).await?;
+    let live_channels = call::connect(&server.endpoint()?, LIVE_CONNECTIONS.min(*live_devices)).await?;
     let mut live = Links::new(Arc::new(Pool::of_now(shape)), &live_channels, *live_devices);
     let pace = Pace::Rate(f64::from(*live_rate) * shape.readings() as f64);
 
@@ -77,7 +77,7 @@ pub async fn run(arguments: &Backlog) -> anyhow::Result<Outcome> {
     tokio::time::sleep(*duration).await;
     let alone = Quantiles::of(&measured.take());
 
-    let channels = call::connect(&server.endpoint(), *devices).await?;
+    let channels = call::connect(&server.endpoint()?, *devices).await?;
     let mut uploaders = Uploaders::numbered(Arc::new(Pool::new(shape)), &channels, BACKLOG_DEVICES_FROM..BACKLOG_DEVICES_FROM + devices);
     let flushed = uploaders.send_each(*batches).await?;
     let beside_backlog = Quantiles::of(&measured.take());

@@ -17,12 +17,7 @@ use tower::{Service, ServiceExt};
 pub const CONNECT: &str = "/tidegate.v1.DeviceLinkService/Connect";
 
 /// A client's connections, each of its own.
-pub async fn connect(endpoint: &str, connections: u32) -> anyhow::Result<Vec<Channel>> {
-    connect_to(&Endpoint::from_shared(endpoint.to_owned())?.tcp_nodelay(true), connections).await
-}
-
-/// The same to an endpoint that may speak TLS.
-pub async fn connect_to(endpoint: &Endpoint, connections: u32) -> anyhow::Result<Vec<Channel>> {
+pub async fn connect(endpoint: &Endpoint, connections: u32) -> anyhow::Result<Vec<Channel>> {
     let mut channels = Vec::with_capacity(connections as usize);
     for _ in 0..connections {
         channels.push(endpoint.connect().await?);

@@ -100,11 +100,13 @@ pub async fn run(arguments: &Idle) -> anyhow::Result<Outcome> {
     }
     let data = DataDir::new(common.data_dir.as_deref())?;
     let mut setup = common.gateway(Store::Sqlite)?;
-    let authority = tls.apply(&mut setup)?;
+    tls.apply(&mut setup)?;
     let server = Server::start(&setup, data.path()).await?;
+    // Links try for ever: what can never be connected to is told here.
+    call::connect(&server.endpoint()?, 1).await?;
     let resident_before_bytes = server.usage()?.resident_bytes;
     setup.listen = Some(server.grpc());
-    let fleet = Arc::new(Fleet::new(server.secured_endpoint(authority.as_deref())?));
+    let fleet = Arc::new(Fleet::new(server.endpoint()?));
     let mut links = JoinSet::new();
     for number in 0..*connections {
         links.spawn(fleet.clone().keep_linked(number));
@@ -117,7 +119,7 @@ pub async fn run(arguments: &Idle) -> anyhow::Result<Outcome> {
     Ok(Outcome {
         machine: process::machine(),
         connections: *connections,
-        tls: authority.is_some(),
+        tls: tls.is_on(),
         resident_before_bytes,
         resident_bytes,
         bytes_per_connection,

@@ -92,7 +92,7 @@ pub async fn run(arguments: &Latency) -> anyhow::Result<Outcome> {
     let Latency { fleet, duration, common } = arguments;
     let data = DataDir::new(common.data_dir.as_deref())?;
     let server = Server::start(&common.gateway(fleet.store)?, data.path()).await?;
-    let channels = call::connect(&server.endpoint(), fleet.connections).await?;
+    let channels = call::connect(&server.endpoint()?, fleet.connections).await?;
     let pool = Arc::new(Pool::new(Shape::of(fleet.batch as usize)));
     let mut links = Links::new(pool, &channels, fleet.devices);
 

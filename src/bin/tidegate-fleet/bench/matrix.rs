@@ -58,11 +58,11 @@ struct Rig {
 }
 
 impl Rig {
-    async fn start(setup: &Setup, authority: Option<&[u8]>, pool: &Arc<Pool>, fleet: (u32, u32), common: &Common) -> anyhow::Result<Self> {
+    async fn start(setup: &Setup, pool: &Arc<Pool>, fleet: (u32, u32), common: &Common) -> anyhow::Result<Self> {
         let (connections, devices) = fleet;
         let data = DataDir::new(common.data_dir.as_deref())?;
         let server = Server::start(setup, data.path()).await?;
-        let channels = call::connect_to(&server.secured_endpoint(authority)?, connections).await?;
+        let channels = call::connect(&server.endpoint()?, connections).await?;
         let uploaders = Uploaders::new(pool.clone(), &channels, devices);
         Ok(Self { server, uploaders, slices: Vec::new(), server_cpu: Duration::ZERO, client_cpu: Duration::ZERO, _data: data })
     }
@@ -111,10 +111,10 @@ async fn cell(arguments: &Matrix, common: &Common, store: Store, batch: u32, con
     if let Some(library) = &library {
         gateway.preload = library.variables();
     }
-    let authority = arguments.tls.apply(&mut gateway)?;
+    arguments.tls.apply(&mut gateway)?;
     let devices = arguments.devices;
-    let mut ours = Rig::start(&gateway, authority.as_deref(), &pool, (connections, devices), common).await?;
-    let mut theirs = Rig::start(&reference, None, &pool, (connections, devices), common).await?;
+    let mut ours = Rig::start(&gateway, &pool, (connections, devices), common).await?;
+    let mut theirs = Rig::start(&reference, &pool, (connections, devices), common).await?;
     ours.warm_up(arguments.slice_duration).await?;
     theirs.warm_up(arguments.slice_duration).await?;
     for _ in 0..arguments.slices {

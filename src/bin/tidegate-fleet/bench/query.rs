@@ -142,7 +142,7 @@ impl Gateway {
     async fn fill(pool: &Arc<Pool>, readings: u64, common: &Common) -> anyhow::Result<Self> {
         let data = DataDir::new(common.data_dir.as_deref())?;
         let server = Server::start(&common.gateway(Store::Sqlite)?, data.path()).await?;
-        let channels = call::connect(&server.endpoint(), CONNECTIONS).await?;
+        let channels = call::connect(&server.endpoint()?, CONNECTIONS).await?;
         let readings = fill(&server, &channels, pool, readings, common.json).await?;
         Ok(Self { client: ReadingServiceClient::new(channels[0].clone()), readings, _server: server, data })
     }

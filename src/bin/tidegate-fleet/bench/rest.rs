@@ -77,7 +77,7 @@ async fn measure(store: Store, arguments: &Rest) -> anyhow::Result<Size> {
     let mut setup = common.gateway(store)?;
     setup.flags.extend(FLAGS.map(str::to_owned));
     let server = Server::start(&setup, data.path()).await?;
-    let channels = call::connect(&server.endpoint(), CONNECTIONS).await?;
+    let channels = call::connect(&server.endpoint()?, CONNECTIONS).await?;
     let readings = fill(&server, &channels, &Arc::new(Pool::new(SHAPE)), *readings, common.json).await?;
     pruned(&server).await?;
     // Its files grow smaller only when it has ended.

@@ -50,12 +50,14 @@ pub struct Setup {
     pub under: Vec<String>,
     /// A library to be loaded before all others, and its variables.
     pub preload: Vec<(&'static str, String)>,
+    /// Whose certificate it shows to its clients, if it speaks TLS; PEM.
+    pub authority: Option<Vec<u8>>,
 }
 
 impl Setup {
     /// A server with the default settings.
     pub fn of(kind: Kind) -> Self {
-        Self { kind, listen: None, flags: Vec::new(), judges_age: false, under: Vec::new(), preload: Vec::new() }
+        Self { kind, listen: None, flags: Vec::new(), judges_age: false, under: Vec::new(), preload: Vec::new(), authority: None }
     }
 }
 
@@ -64,6 +66,7 @@ pub struct Server {
     child: Child,
     grpc: SocketAddr,
     http: SocketAddr,
+    authority: Option<Vec<u8>>,
 }
 
 impl Server {
@@ -103,22 +106,22 @@ impl Server {
         let addresses = tokio::task::spawn_blocking(move || addresses(log)).await?;
         // Made before anything can fail, so that the process never outlives us.
         let unbound = SocketAddr::from(([0, 0, 0, 0], 0));
-        let mut server = Self { child, grpc: unbound, http: unbound };
+        let mut server = Self { child, grpc: unbound, http: unbound, authority: setup.authority.clone() };
         (server.grpc, server.http) = addresses?;
         server.wait_ready().await?;
         Ok(server)
     }
 
     /// Where it takes calls.
-    pub fn endpoint(&self) -> String {
-        format!("http://{}", self.grpc)
-    }
-
-    /// The same for a client; with TLS, trusting `authority`.
-    pub fn secured_endpoint(&self, authority: Option<&[u8]>) -> anyhow::Result<Endpoint> {
-        let Some(authority) = authority else { return Ok(Endpoint::from_shared(self.endpoint())?.tcp_nodelay(true)) };
-        let credentials = Credentials { authorities: Some(authority.to_vec()), ..Credentials::default() };
-        Ok(endpoint_with(&format!("https://localhost:{}", self.grpc.port()), &credentials)?.tcp_nodelay(true))
+    pub fn endpoint(&self) -> anyhow::Result<Endpoint> {
+        let endpoint = match &self.authority {
+            None => Endpoint::from_shared(format!("http://{}", self.grpc))?,
+            Some(authority) => {
+                let credentials = Credentials { authorities: Some(authority.clone()), ..Credentials::default() };
+                endpoint_with(&format!("https://localhost:{}", self.grpc.port()), &credentials)?
+            }
+        };
+        Ok(endpoint.tcp_nodelay(true))
     }
 
     /// Where it listens.

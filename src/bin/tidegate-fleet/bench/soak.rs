@@ -144,7 +144,7 @@ pub async fn soak(arguments: &Soak) -> anyhow::Result<Outcome> {
     let Soak { readings, fleet, common } = arguments;
     let data = DataDir::new(common.data_dir.as_deref())?;
     let server = Server::start(&common.gateway(fleet.store)?, data.path()).await?;
-    let channels = call::connect(&server.endpoint(), fleet.connections).await?;
+    let channels = call::connect(&server.endpoint()?, fleet.connections).await?;
     let pool = Arc::new(Pool::new(Shape::of(fleet.batch as usize)));
     let mut uploaders = Uploaders::new(pool, &channels, fleet.devices);
     let mut stored = uploaders.run(SLICE_DURATION / 4).await?.readings;
@@ -163,7 +163,7 @@ pub async fn paced(arguments: &Paced) -> anyhow::Result<Outcome> {
     let Paced { rate, duration, fleet, common } = arguments;
     let data = DataDir::new(common.data_dir.as_deref())?;
     let server = Server::start(&common.gateway(fleet.store)?, data.path()).await?;
-    let channels = call::connect(&server.endpoint(), fleet.connections).await?;
+    let channels = call::connect(&server.endpoint()?, fleet.connections).await?;
     let pool = Arc::new(Pool::new(Shape::of(fleet.batch as usize)));
     let mut links = Links::new(pool, &channels, fleet.devices);
     let measured = Arc::new(Measured::new());
