@@ -13,10 +13,11 @@
 //! too, but not where nothing is wrong (NO_ERROR): so it ends an upload that it answers before the client is done.
 //!
 //! Besides it writes and ends as suits clients that do nothing wrong:
-//! - A write gives way to what else is to be done, once. Many calls that share a connection are answered by one commit, and what they have
-//!   to say then goes out together instead of in one packet each.
-//! - Behind its last byte a connection waits for a while until the client closes, too. Closed at once, with something unread in it, it would be
-//!   reset, and a client that gives back a window at that moment would lose the end of its responses (RFC 1122 section 4.2.2.13).
+//! - A small write gives way to what else is to be done, once, where nothing else has the connection looked at meanwhile. Many calls that
+//!   share it are answered by one commit, and what they have to say then goes out together instead of in one packet each.
+//! - A connection that the gateway ends for reasons of its own waits behind its last byte for a while until the client closes, too. Closed at
+//!   once, with something unread in it, it would be reset, and a client that gives back a window at that moment would lose the end of its
+//!   responses (RFC 1122 section 4.2.2.13).
 
 use super::{
     arrivals::{Account, FUTILE_COST},
@@ -36,6 +37,7 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
     time::Instant,
 };
+use tokio_util::sync::CancellationToken;
 
 /// The client connection preface (RFC 9113 section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -52,10 +54,10 @@ const APART_FOR_MAX: Duration = Duration::from_millis(500);
 /// How much is read at once meanwhile. There are but a few calls in it.
 const SHORT_READ_BYTES: usize = 512;
 
-/// How long a connection whose end was sent waits for the client to close.
+/// What has so many bytes is worth a packet of its own.
+const SMALL_WRITE_BYTES_MAX: usize = 1 << 10;
+/// How long a connection whose end was sent waits for the client to close. What comes meanwhile is thrown away.
 const LINGER: Duration = Duration::from_secs(1);
-/// How much the client may send meanwhile, which is thrown away.
-const LINGER_BYTES_MAX: u32 = 64 << 10;
 
 /// What a connection may do.
 pub struct IoLimits {
@@ -85,8 +87,10 @@ pub struct GuardedIo<T> {
     patience: Patience,
     // Whether what is being written has given way already.
     gave_way: bool,
-    // How much more is read behind the end, once that was sent.
-    linger_bytes: Option<u32>,
+    // Cancelled when the gateway ends the connection, and nothing is wrong.
+    ending: CancellationToken,
+    // Whether the end was sent, and the client has yet to close.
+    lingers: bool,
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
@@ -111,8 +115,14 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
             apart_until: None,
             patience: Patience::default(),
             gave_way: false,
-            linger_bytes: None,
+            ending: CancellationToken::new(),
+            lingers: false,
         })
+    }
+
+    /// Behind its end it waits for the client to close, if that comes once `ending` is cancelled.
+    pub fn linger_when(&mut self, ending: CancellationToken) {
+        self.ending = ending;
     }
 
     fn show_preface(&mut self, buf: &mut ReadBuf<'_>) {
@@ -191,26 +201,25 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
         }
     }
 
-    /// Gives way, once before each flush.
-    fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if std::mem::replace(&mut self.gave_way, true) {
+    /// Gives way, once before each flush, if little is to be written.
+    fn poll_turn(&mut self, cx: &mut Context<'_>, pieces: &[IoSlice<'_>]) -> Poll<()> {
+        let bytes: usize = pieces.iter().map(|piece| piece.len()).sum();
+        if bytes > SMALL_WRITE_BYTES_MAX || std::mem::replace(&mut self.gave_way, true) {
             return Poll::Ready(());
         }
         cx.waker().wake_by_ref();
         Poll::Pending
     }
 
-    /// Waits for the client to close, having sent the end.
-    fn poll_closed(&mut self, cx: &mut Context<'_>, mut bytes_left: u32) -> Poll<()> {
+    /// Waits for the client to close.
+    fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let mut bytes = [0; 4 << 10];
-        while bytes_left > 0 && self.patience.poll_exhausted(LINGER, cx).is_pending() {
+        while self.patience.poll_exhausted(LINGER, cx).is_pending() {
             let mut buf = ReadBuf::new(&mut bytes);
             let read = ready!(Pin::new(&mut self.inner).poll_read(cx, &mut buf));
             if read.is_err() || buf.filled().is_empty() {
                 break;
             }
-            bytes_left = bytes_left.saturating_sub(buf.filled().len() as u32);
-            self.linger_bytes = Some(bytes_left);
         }
         Poll::Ready(())
     }
@@ -254,7 +263,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedIo<T> {
 
     fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, pieces: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        ready!(this.poll_turn(cx));
+        ready!(this.poll_turn(cx, pieces));
         let written = Pin::new(&mut this.inner).poll_write_vectored(cx, pieces);
         if let Poll::Ready(Ok(count)) = written {
             this.note_sent(pieces, count);
@@ -276,14 +285,16 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedIo<T> {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if let Some(bytes_left) = this.linger_bytes {
-            return this.poll_closed(cx, bytes_left).map(Ok);
+        if !this.lingers {
+            let shut = Pin::new(&mut this.inner).poll_shutdown(cx);
+            ready!(this.with_patience(cx, shut))?;
+            if !this.ending.is_cancelled() {
+                return Poll::Ready(Ok(()));
+            }
+            this.lingers = true;
+            this.patience = Patience::default();
         }
-        let shut = Pin::new(&mut this.inner).poll_shutdown(cx);
-        ready!(this.with_patience(cx, shut))?;
-        this.linger_bytes = Some(LINGER_BYTES_MAX);
-        this.patience = Patience::default();
-        this.poll_closed(cx, LINGER_BYTES_MAX).map(Ok)
+        this.poll_closed(cx).map(Ok)
     }
 }
 
@@ -305,6 +316,7 @@ mod tests {
     use tokio::{
         io::{AsyncWriteExt, DuplexStream, duplex},
         net::{TcpListener, TcpStream},
+        time::timeout,
     };
 
     const CALLS: u32 = 30;
@@ -422,9 +434,16 @@ mod tests {
         (client, GuardedIo::accept(gateway, Arc::new(limits()), account()).await.expect("it is HTTP/2"))
     }
 
+    fn cancelled() -> CancellationToken {
+        let token = CancellationToken::new();
+        token.cancel();
+        token
+    }
+
     #[tokio::test]
     async fn the_last_bytes_arrive_though_the_client_sends_until_then() {
         let (mut client, mut connection) = connection_over_tcp().await;
+        connection.linger_when(cancelled());
         let end = tokio::spawn(async move {
             connection.write_all(b"the end").await?;
             connection.shutdown().await
@@ -440,25 +459,25 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_does_not_close_is_not_waited_for_for_long() {
-        let (mut client, mut connection) = connection(&[]).await;
-        let sent = Instant::now();
-        connection.shutdown().await.expect("ended");
-        assert!(sent.elapsed() >= LINGER);
-        client.write_all(b"still there").await.expect("open");
+        for sends_on in [false, true] {
+            let (mut client, mut connection) = connection(&[]).await;
+            connection.linger_when(cancelled());
+            let client = tokio::spawn(async move {
+                while sends_on && client.write_all(&[0; 1 << 10]).await.is_ok() {}
+                client
+            });
+            let sent = Instant::now();
+            timeout(Duration::from_secs(60), connection.shutdown()).await.expect("in time").expect("ended");
+            assert!(sent.elapsed() >= LINGER);
+            drop(connection);
+            client.await.expect("no panic");
+        }
     }
 
     #[tokio::test]
-    async fn nor_is_one_that_sends_on() {
-        let (mut client, mut connection) = connection(&[]).await;
-        let flood = tokio::spawn(async move {
-            let mut sent = 0;
-            while client.write_all(&[0; 1 << 10]).await.is_ok() {
-                sent += 1 << 10;
-            }
-            sent
-        });
-        connection.shutdown().await.expect("ended");
-        drop(connection);
-        assert!(flood.await.expect("no panic") >= LINGER_BYTES_MAX);
+    async fn nor_is_one_that_ends_itself_or_is_in_the_wrong() {
+        let (_client, mut connection) = connection(&[]).await;
+        connection.linger_when(CancellationToken::new());
+        connection.shutdown().now_or_never().expect("at once").expect("ended");
     }
 }

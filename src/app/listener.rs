@@ -108,7 +108,7 @@ impl Listener {
     /// Serves until it is told to stop.
     ///
     /// At `stop.drain` the socket is closed and every connection gets a GOAWAY: its open calls go on, and it is closed when
-    /// they have ended and all is sent. At `stop.cut` what is left is closed as it is. Both return when all is closed.
+    /// they have ended, all is sent and the client has closed, for which it waits a second at the most. At `stop.cut` what is left is closed as it is. Both return when all is closed.
     pub async fn serve<S, B>(self, service: S, stop: Stop)
     where
         S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
@@ -245,13 +245,14 @@ impl Server {
             let account = Account::of(&self.arrivals, client);
             let begun = stop.drain.run_until_cancelled(Box::pin(self.begin(stream, &account, tls))).await;
             let Some(begun) = begun else { return Ok(()) };
-            let (io, peer) = begun.inspect_err(|error| {
+            let (mut io, peer) = begun.inspect_err(|error| {
                 if speaks_something_else(error) {
                     account.charge(FUTILE_COST);
                 }
             })?;
             let revoked = peer.as_ref().map(|peer| peer.revoked.clone());
             let draining = stop.drain.child_token();
+            io.linger_when(draining.clone());
             let calls = Arc::new(Calls::default());
             let service = service_fn({
                 let (draining, refused) = (Draining(draining.clone()), calls.refused.clone());

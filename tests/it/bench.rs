@@ -57,7 +57,7 @@ async fn a_gateway_whose_certificate_devices_refuse_is_not_measured() {
     for run in [&["--slices=1"][..], &["idle", "--connections=1"]] {
         let mut bench = fleet();
         bench.arg("bench").args(run).args(["--certificate-file", &certificate, "--key-file", &key]);
-        Script::start(bench).fails_saying(1, "certificate").await;
+        Script::start(bench).fails_saying(1, "UnknownIssuer").await;
     }
 }
 

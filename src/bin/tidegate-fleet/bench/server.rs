@@ -50,7 +50,7 @@ pub struct Setup {
     pub under: Vec<String>,
     /// A library to be loaded before all others, and its variables.
     pub preload: Vec<(&'static str, String)>,
-    /// Whose certificate it shows to its clients, if it speaks TLS; PEM.
+    /// What its clients trust, if it speaks TLS: a certificate, PEM.
     pub authority: Option<Vec<u8>>,
 }
 
