@@ -12,12 +12,9 @@
 //! all at once. So for a while behind each the next calls come apart, and others have their turn between them. That goes for those that the gateway resets,
 //! too, but not where nothing is wrong (NO_ERROR): so it ends an upload that it answers before the client is done.
 //!
-//! Besides it writes and ends as suits clients that do nothing wrong:
-//! - A small write gives way to what else is to be done, once, where nothing else has the connection looked at meanwhile. Many calls that
-//!   share it are answered by one commit, and what they have to say then goes out together instead of in one packet each.
-//! - A connection that the gateway ends for reasons of its own waits behind its last byte for a while until the client closes, too. Closed at
-//!   once, with something unread in it, it would be reset, and a client that gives back a window at that moment would lose the end of its
-//!   responses (RFC 1122 section 4.2.2.13).
+//! Besides, a connection that the gateway ends for reasons of its own waits behind its last byte for a while until the client closes, too.
+//! Closed at once, with something unread in it, it would be reset, and a client that gives back a window at that moment would lose the end
+//! of its responses (RFC 1122 section 4.2.2.13).
 
 use super::{
     arrivals::{Account, FUTILE_COST},
@@ -54,8 +51,6 @@ const APART_FOR_MAX: Duration = Duration::from_millis(500);
 /// How much is read at once meanwhile. There are but a few calls in it.
 const SHORT_READ_BYTES: usize = 512;
 
-/// What has so many bytes is worth a packet of its own.
-const SMALL_WRITE_BYTES_MAX: usize = 1 << 10;
 /// How long a connection whose end was sent waits for the client to close. What comes meanwhile is thrown away.
 const LINGER: Duration = Duration::from_secs(1);
 
@@ -85,8 +80,6 @@ pub struct GuardedIo<T> {
     // Until when calls come apart.
     apart_until: Option<Instant>,
     patience: Patience,
-    // Whether what is being written has given way already.
-    gave_way: bool,
     // Cancelled when the gateway ends the connection, and nothing is wrong.
     ending: CancellationToken,
     // Whether the end was sent, and the client has yet to close.
@@ -114,7 +107,6 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
             last_stream: 0,
             apart_until: None,
             patience: Patience::default(),
-            gave_way: false,
             ending: CancellationToken::new(),
             lingers: false,
         })
@@ -201,16 +193,6 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
         }
     }
 
-    /// Gives way, once before each flush, if little is to be written.
-    fn poll_turn(&mut self, cx: &mut Context<'_>, pieces: &[IoSlice<'_>]) -> Poll<()> {
-        let bytes: usize = pieces.iter().map(|piece| piece.len()).sum();
-        if bytes > SMALL_WRITE_BYTES_MAX || std::mem::replace(&mut self.gave_way, true) {
-            return Poll::Ready(());
-        }
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    }
-
     /// Waits for the client to close.
     fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let mut bytes = [0; 4 << 10];
@@ -263,7 +245,6 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedIo<T> {
 
     fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, pieces: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        ready!(this.poll_turn(cx, pieces));
         let written = Pin::new(&mut this.inner).poll_write_vectored(cx, pieces);
         if let Poll::Ready(Ok(count)) = written {
             this.note_sent(pieces, count);
@@ -279,7 +260,6 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedIo<T> {
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let flushed = Pin::new(&mut this.inner).poll_flush(cx);
-        this.gave_way &= flushed.is_pending();
         this.with_patience(cx, flushed)
     }
 
@@ -412,17 +392,6 @@ mod tests {
         assert_eq!(connection.apart_until, None);
         connection.write_all(&reset(CANCEL)).await.expect("sent");
         assert!(connection.apart_until.is_some());
-    }
-
-    #[tokio::test]
-    async fn a_write_gives_way_once() {
-        let (_client, mut connection) = connection(&[]).await;
-        for _ in 0..2 {
-            assert_eq!(connection.write(b"a").now_or_never().map(drop), None, "others have their turn");
-            connection.write_all(b"a").now_or_never().expect("at once").expect("sent");
-            connection.write_all(b"b").now_or_never().expect("at once").expect("sent");
-            connection.flush().now_or_never().expect("at once").expect("sent");
-        }
     }
 
     /// A connection over TCP, whose client has sent something that nobody has read.

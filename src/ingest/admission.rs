@@ -8,7 +8,7 @@
 //! a stream is that of its call.
 //!
 //! A narrow lane alone is not enough where the processors are what is scarce: as soon as a commit ends, the next bytes would come in. So
-//! beside live calls the lane rests: what was given out comes back only after six times as long as it was held, at most 100 ms, and
+//! beside live calls the lane rests: what was given out comes back only after four times as long as it was held, at most 100 ms, and
 //! the processors and the disk belong to live readings meanwhile.
 
 use super::run::Run;
@@ -30,7 +30,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 /// What a waiting batch costs besides its bytes.
 const BATCH_OVERHEAD_BYTES: usize = 1024;
 /// How many times as long as a part of the backlog's lane was held it rests.
-const REST: u32 = 6;
+const REST: u32 = 4;
 /// How long it rests at the most: after a commit that took long for a reason of its own, a backlog need not stand still.
 const REST_MAX: Duration = Duration::from_millis(100);
 /// After how long a call looks whether there is room though it is not its turn.
