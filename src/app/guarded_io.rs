@@ -12,7 +12,7 @@
 //! all at once. So for a while behind each the next calls come apart, and others have their turn between them. That goes for those that the gateway resets,
 //! too, but not where nothing is wrong (NO_ERROR): so it ends an upload that it answers before the client is done.
 //!
-//! Besides, a connection that the gateway ends for reasons of its own waits behind its last byte for a while until the client closes, too.
+//! Besides, a connection that ends at a drain, for its age or for being idle waits behind its last byte for a while until the client closes, too.
 //! Closed at once, with something unread in it, it would be reset, and a client that gives back a window at that moment would lose the end
 //! of its responses (RFC 1122 section 4.2.2.13).
 
@@ -52,7 +52,7 @@ const APART_FOR_MAX: Duration = Duration::from_millis(500);
 const SHORT_READ_BYTES: usize = 512;
 
 /// How long a connection whose end was sent waits for the client to close. What comes meanwhile is thrown away.
-const LINGER: Duration = Duration::from_secs(1);
+pub const LINGER: Duration = Duration::from_secs(1);
 
 /// What a connection may do.
 pub struct IoLimits {
@@ -80,7 +80,7 @@ pub struct GuardedIo<T> {
     // Until when calls come apart.
     apart_until: Option<Instant>,
     patience: Patience,
-    // Cancelled when the gateway ends the connection, and nothing is wrong.
+    // Cancelled when the gateway has the connection end in good order.
     ending: CancellationToken,
     // Whether the end was sent, and the client has yet to close.
     lingers: bool,
@@ -444,7 +444,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nor_is_one_that_ends_itself_or_is_in_the_wrong() {
+    async fn any_other_end_waits_for_nobody() {
         let (_client, mut connection) = connection(&[]).await;
         connection.linger_when(CancellationToken::new());
         connection.shutdown().now_or_never().expect("at once").expect("ended");

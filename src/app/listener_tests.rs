@@ -1,6 +1,6 @@
 //! Guarantee: open calls end well at a drain and at the latest at the cut; no peer can take the listener down or keep a place.
 
-use super::{Account, CALLS_APART, CALLS_LEFT_FREE, Calls, FUTILE_COST, Server};
+use super::{super::guarded_io::LINGER, Account, CALLS_APART, CALLS_LEFT_FREE, Calls, FUTILE_COST, Server};
 use crate::{
     config::Config,
     middleware::tests::support::{Gateway, LARGE_MESSAGES, eventually, follow, position_of, soon},
@@ -58,6 +58,33 @@ async fn a_response_is_whole_although_the_drain_begins_before_it_is_read() {
     let rest = messages.map(|message| message.expect("not cut")).count();
     assert_eq!(soon("the end", rest).await, LARGE_MESSAGES);
     soon("all is closed without a cut", gateway.serving).await.expect("no panic");
+}
+
+/// Scenario: a client that has yet to read the end still sends. Guarantee: it gets no reset for that; see [`LINGER`].
+#[tokio::test]
+async fn behind_its_end_a_connection_waits_for_the_client_to_close() {
+    const PING: u8 = 6;
+    const ACK: u8 = 1;
+    let gateway = Gateway::start(|_| ()).await;
+    let mut client = TcpStream::connect(gateway.address).await.expect("it listens");
+    client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("it is taken");
+    let mut header = [0; 9];
+    soon("HTTP/2 has begun", client.read_exact(&mut header)).await.expect("SETTINGS");
+    let drained = Instant::now();
+    gateway.stop.drain.cancel();
+    loop {
+        let mut payload = vec![0; usize::from(u16::from_be_bytes([header[1], header[2]]))];
+        client.read_exact(&mut payload).await.expect("a whole frame");
+        if header[3] == PING {
+            client.write_all(&[&[0, 0, 8, PING, ACK, 0, 0, 0, 0][..], &payload].concat()).await.expect("it is taken");
+        }
+        if soon("a frame or the end", client.read_exact(&mut header)).await.is_err() {
+            break;
+        }
+    }
+    eventually("it is closed", || gateway.value("tidegate_grpc_connections_open") == 0.0).await;
+    assert!(drained.elapsed() >= LINGER, "{:?}", drained.elapsed());
+    drop(client);
 }
 
 #[tokio::test]

@@ -49,9 +49,9 @@ use tonic::service::Routes;
 const COMPONENT: &str = "gateway";
 /// What is kept of the grace period for writing down what is in memory.
 const CLOSING_RESERVE: Duration = Duration::from_millis(500);
-/// How long connections without calls are given to close. A peer that lost its network never answers the GOAWAY, and a fleet
-/// always has some of these.
-const CONNECTION_LINGER: Duration = Duration::from_secs(1);
+/// How long connections without calls are given to close: to send what is left, and [`LINGER`](guarded_io::LINGER) behind that. A peer
+/// that lost its network never answers the GOAWAY, and a fleet always has some of these.
+const CONNECTION_LINGER: Duration = Duration::from_secs(2);
 /// The nice value of what nobody waits for: a tenth of what another thread gets, when the processors are all busy.
 #[cfg(target_os = "linux")]
 const BACKGROUND_NICE: i32 = 10;

@@ -247,7 +247,7 @@ impl SqliteTx<'_> {
         let mut changed = 0;
         for rows in rows.chunks(ROWS_PER_STATEMENT) {
             let places = Places::of(rows.len(), columns);
-            // A statement that fails ends its transaction anyway: OR FAIL, and SQLite need not keep what would undo it alone.
+            // All who call this give their transaction up when it fails: so with OR FAIL SQLite need not keep what would undo the statement alone.
             let sql = format!("INSERT OR FAIL INTO {head} SELECT * FROM (VALUES {}) WHERE column1 IS NOT NULL {tail}", places.tuples());
             let query = rows.iter().fold(sqlx::query(AssertSqlSafe(sql)), &bind);
             changed += places.pad(query).execute(&mut self.connection).await?.rows_affected();
