@@ -12,7 +12,8 @@
 //! all at once. So for a while behind each the next calls come apart, and others have their turn between them. That goes for those that the gateway resets,
 //! too, but not where nothing is wrong (NO_ERROR): so it ends an upload that it answers before the client is done.
 //!
-//! Besides, a connection that ends at a drain, for its age or for being idle waits behind its last byte for a while until the client closes, too.
+//! Besides, a connection that ends at a drain, for its age or for being idle waits behind its last byte for a while until the client
+//! closes, too.
 //! Closed at once, with something unread in it, it would be reset, and a client that gives back a window at that moment would lose the end
 //! of its responses (RFC 1122 section 4.2.2.13).
 
@@ -81,7 +82,7 @@ pub struct GuardedIo<T> {
     apart_until: Option<Instant>,
     patience: Patience,
     // Cancelled when the gateway has the connection end in good order.
-    ending: CancellationToken,
+    ending: Option<CancellationToken>,
     // Whether the end was sent, and the client has yet to close.
     lingers: bool,
 }
@@ -107,14 +108,14 @@ impl<T: AsyncRead + AsyncWrite + Unpin> GuardedIo<T> {
             last_stream: 0,
             apart_until: None,
             patience: Patience::default(),
-            ending: CancellationToken::new(),
+            ending: None,
             lingers: false,
         })
     }
 
     /// Behind its end it waits for the client to close, if that comes once `ending` is cancelled.
     pub fn linger_when(&mut self, ending: CancellationToken) {
-        self.ending = ending;
+        self.ending = Some(ending);
     }
 
     fn show_preface(&mut self, buf: &mut ReadBuf<'_>) {
@@ -268,7 +269,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedIo<T> {
         if !this.lingers {
             let shut = Pin::new(&mut this.inner).poll_shutdown(cx);
             ready!(this.with_patience(cx, shut))?;
-            if !this.ending.is_cancelled() {
+            if !this.ending.as_ref().is_some_and(CancellationToken::is_cancelled) {
                 return Poll::Ready(Ok(()));
             }
             this.lingers = true;

@@ -108,7 +108,8 @@ impl Listener {
     /// Serves until it is told to stop.
     ///
     /// At `stop.drain` the socket is closed and every connection gets a GOAWAY: its open calls go on, and it is closed when
-    /// they have ended, all is sent and the client has closed, for which it waits a second at the most. At `stop.cut` what is left is closed as it is. Both return when all is closed.
+    /// they have ended, all is sent and the client has closed, for which it waits a second at the most. At `stop.cut` what is left is
+    /// closed as it is. Both return when all is closed.
     pub async fn serve<S, B>(self, service: S, stop: Stop)
     where
         S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
