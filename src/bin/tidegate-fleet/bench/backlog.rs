@@ -12,12 +12,17 @@ use super::{
 };
 use anyhow::bail;
 use serde::Serialize;
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// The connections of the live devices.
 const LIVE_CONNECTIONS: u32 = 50;
 /// How long the live devices have to open their links.
 const WARM_UP: Duration = Duration::from_secs(3);
+/// How often to say how long acknowledgements take, as flushing a backlog takes minutes.
+const TOLD_EVERY: Duration = Duration::from_secs(5);
 /// Longer than any run.
 const FOREVER: Duration = Duration::from_secs(86_400);
 /// Where the numbers of the devices with a backlog begin.
@@ -76,11 +81,25 @@ pub async fn run(arguments: &Backlog) -> anyhow::Result<Outcome> {
     measured.take();
     tokio::time::sleep(*duration).await;
     let alone = Quantiles::of(&measured.take());
+    eprint!("{}", alone.to_row("alone"));
 
     let channels = call::connect(&server.endpoint()?, *devices).await?;
     let mut uploaders = Uploaders::numbered(Arc::new(Pool::new(shape)), &channels, BACKLOG_DEVICES_FROM..BACKLOG_DEVICES_FROM + devices);
-    let flushed = uploaders.send_each(*batches).await?;
-    let beside_backlog = Quantiles::of(&measured.take());
+    let mut beside_backlog = measured.take();
+    let flushed = {
+        let mut flushing = std::pin::pin!(uploaders.send_each(*batches));
+        let began = Instant::now();
+        loop {
+            let flushed = tokio::time::timeout(TOLD_EVERY, &mut flushing).await;
+            let latest = measured.take();
+            beside_backlog.add(&latest)?;
+            match flushed {
+                Ok(flushed) => break flushed?,
+                Err(_) => eprint!("{}", Quantiles::of(&latest).to_row(&format!("{:.0} s", began.elapsed().as_secs_f64()))),
+            }
+        }
+    };
+    let beside_backlog = Quantiles::of(&beside_backlog);
     if live.is_finished() {
         live.await??;
         bail!("the live devices ended before the backlog was flushed");
