@@ -164,9 +164,9 @@ impl Gather {
         Err(StoreError::Damaged(format!("two kinds of values in sensor {:?} of device {}", column.sensor, device.id)))
     }
 
-    /// All readings, in the order of sensors: their chunks are written to neighbouring places.
+    /// All readings, as they came, in the order of sensors: their chunks are written to neighbouring places.
     pub fn into_sensors(mut self) -> Vec<Gathered> {
         self.sensors.sort_unstable_by_key(|gathered| gathered.sensor_key);
-        self.sensors.into_iter().map(|gathered| Gathered { readings: gathered.readings.sorted(), ..gathered }).collect()
+        self.sensors
     }
 }

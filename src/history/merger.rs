@@ -27,13 +27,13 @@ use std::{collections::HashMap, iter::Peekable, ops::Range, time::Instant};
 
 // Small in the crate's own tests, so that there a few readings come to several passes, steps and transactions.
 const ROWS_PER_READ: usize = if cfg!(test) { 3 } else { 4_096 };
-const BYTES_PER_READ: usize = 2 << 20;
+const BYTES_PER_READ: usize = 128 << 10;
 /// How many bytes of readings a pass holds, about; buffers that grow take up to twice as much.
 const PASS_BYTES_MAX: usize = if cfg!(test) { 8 << 10 } else { 16 << 20 };
 /// Of how many sensors the chunks are looked up at once.
 const SENSORS_PER_STEP: usize = if cfg!(test) { 2 } else { 1_024 };
-/// How many readings are decoded and encoded at once, about, those of the chunks that are written anew among them.
-const READINGS_PER_PART: usize = if cfg!(test) { 100 } else { 1 << 17 };
+/// How many readings are put in order at once, or decoded and encoded, those of the chunks that are written anew among them; about.
+const READINGS_PER_PIECE: usize = if cfg!(test) { 100 } else { 16 << 10 };
 /// What one transaction writes at the most, about, so that ingest does not wait for long; it may end sooner, by
 /// [`Haste::chunks_per_transaction`]. A part is not divided.
 const BYTES_PER_TRANSACTION: usize = 256 << 10;
@@ -91,7 +91,7 @@ impl Merger {
     pub async fn pass(&self, haste: impl Fn() -> Haste) -> Result<Option<Merged>, StoreError> {
         let began = Instant::now();
         let merged = self.store.merged_position().await?;
-        let (mut gather, through) = self.gather(merged).await?;
+        let (mut gather, through) = self.gather(merged, &haste).await?;
         if through == merged {
             return Ok(None);
         }
@@ -100,12 +100,15 @@ impl Merger {
         let mut writes = Writes::default();
         let mut readings = 0;
         while sensors.peek().is_some() {
-            let step: Vec<Gathered> = sensors.by_ref().take(SENSORS_PER_STEP).collect();
-            let mut works = self.plan(step).await?.into_iter().peekable();
+            let began = Instant::now();
+            let mut works = self.plan(take_step(&mut sensors)).await?.into_iter().peekable();
+            haste().rest_from_piece(began).await;
             while works.peek().is_some() {
+                let began = Instant::now();
                 let part = take_part(&mut works, haste());
                 readings += part.iter().map(|work| work.new.len() as u64).sum::<u64>();
                 self.place(part, &mut writes).await?;
+                haste().rest_from_piece(began).await;
                 if writes.is_full(haste()) {
                     self.write(std::mem::take(&mut writes), None, haste()).await?;
                 }
@@ -118,9 +121,10 @@ impl Merger {
     }
 
     /// Reads the log behind `merged`, and how far.
-    async fn gather(&self, merged: Position) -> Result<(Gather, Position), StoreError> {
+    async fn gather(&self, merged: Position, haste: impl Fn() -> Haste) -> Result<(Gather, Position), StoreError> {
         let (mut gather, mut through) = (Gather::default(), merged);
         while gather.bytes() < PASS_BYTES_MAX {
+            let began = Instant::now();
             let rows = self.store.read_log(through, ROWS_PER_READ, BYTES_PER_READ).await?;
             let Some(last) = rows.last() else { break };
             through = last.position;
@@ -134,13 +138,18 @@ impl Merger {
                 device.learn(self.store.sensors(device.key).await?);
             }
             gather.add_unknown()?;
+            haste().rest_from_piece(began).await;
         }
         Ok((gather, through))
     }
 
     /// Finds out in the place of which chunks the new readings of some sensors go.
     async fn plan(&self, sensors: Vec<Gathered>) -> Result<Vec<Work>, StoreError> {
-        let sensors: Vec<Gathered> = sensors.into_iter().filter(|gathered| !gathered.readings.is_empty()).collect();
+        let sensors: Vec<Gathered> = sensors
+            .into_iter()
+            .filter(|gathered| !gathered.readings.is_empty())
+            .map(|gathered| Gathered { readings: gathered.readings.sorted(), ..gathered })
+            .collect();
         let extents: Vec<Extent> = sensors.iter().map(extent).collect();
         let mut spans = self.store.chunks_around(&extents).await?;
         spans.sort_unstable_by_key(|span| (span.sensor_key, span.last_time));
@@ -204,10 +213,20 @@ fn of_sensor(spans: &[ChunkSpan], sensor_key: i64) -> Range<usize> {
     spans.partition_point(|span| span.sensor_key < sensor_key)..spans.partition_point(|span| span.sensor_key <= sensor_key)
 }
 
-/// The next works: as many as have [`READINGS_PER_PART`], but at least one, and no more than one transaction is to write.
+/// The next sensors: as many as have [`READINGS_PER_PIECE`], but at least one, and no more than are looked up at once.
+fn take_step(sensors: &mut Peekable<impl Iterator<Item = Gathered>>) -> Vec<Gathered> {
+    let (mut step, mut readings) = (Vec::new(), 0);
+    while let Some(gathered) = sensors.next_if(|_| readings < READINGS_PER_PIECE && step.len() < SENSORS_PER_STEP) {
+        readings += gathered.readings.len();
+        step.push(gathered);
+    }
+    step
+}
+
+/// The next works: as many as have [`READINGS_PER_PIECE`], but at least one, and no more than one transaction is to write.
 fn take_part(works: &mut Peekable<impl Iterator<Item = Work>>, haste: Haste) -> Vec<Work> {
     let (mut part, mut readings, mut chunks) = (Vec::new(), 0, 0);
-    while let Some(work) = works.next_if(|_| readings < READINGS_PER_PART && chunks < haste.chunks_per_transaction) {
+    while let Some(work) = works.next_if(|_| readings < READINGS_PER_PIECE && chunks < haste.chunks_per_transaction) {
         readings += work.readings;
         chunks += work.old.len() + 1;
         part.push(work);

@@ -1,7 +1,8 @@
 //! How the work in the background leaves the devices their share of the way into the store.
 //!
-//! One transaction writes at a time, so that what merging, pruning and retention write is what the writer waits for. What they compute
-//! costs less: it is done on a thread that gives way to all others.
+//! One transaction writes at a time, so that what merging, pruning and retention write is what the writer waits for. What they read and
+//! compute costs less, as it is done by threads that give way to all others; but even these have the processor for a moment before they
+//! give it up, and so rest after each small piece.
 
 use crate::store::{Store, StoreError, WriteTx};
 use futures_util::future::BoxFuture;
@@ -21,6 +22,8 @@ pub struct Haste {
     /// How many seconds to rest for each that a transaction is open or had to wait for the one before it, whichever is less: who need not
     /// wait long is in nobody's way.
     pub rest: f64,
+    /// How many seconds to rest at the least for each of reading, of computing and of a transaction, also where nobody waits for it.
+    pub leisure: f64,
     /// How many chunks a transaction of merging writes and deletes, so that devices do not wait for long: few, or more where merging is
     /// behind, as each transaction has a sync of its own.
     pub chunks_per_transaction: usize,
@@ -41,9 +44,11 @@ impl Haste {
             let began = Instant::now();
             let done = work(&mut tx).await?;
             tx.commit().await?;
-            Ok((done, began.elapsed().min(waited)))
+            Ok((done, began.elapsed(), waited))
         });
-        self.rest_from(written.await?).await
+        let (done, open, waited) = written.await?;
+        self.rest_from(open, open.min(waited)).await;
+        Ok(done)
     }
 
     /// Does what makes a transaction of its own, and rests from all of it, the time included that it waited for the writer.
@@ -53,15 +58,23 @@ impl Haste {
     ) -> Result<T, StoreError> {
         let began = Instant::now();
         let done = promptly(work).await?;
-        self.rest_from((done, began.elapsed())).await
+        let took = began.elapsed();
+        self.rest_from(took, took).await;
+        Ok(done)
     }
 
-    async fn rest_from<T>(self, (done, counted): (T, Duration)) -> Result<T, StoreError> {
-        match counted.min(COUNTED_MAX).mul_f64(self.rest) {
+    /// Rests from what was read and computed since `began`: a few thousand readings at the most, so that nobody waits for long.
+    pub async fn rest_from_piece(self, began: Instant) {
+        self.rest_from(began.elapsed(), Duration::ZERO).await;
+    }
+
+    /// Rests from what took so long, and kept others waiting for a part of it.
+    async fn rest_from(self, took: Duration, kept_waiting: Duration) {
+        let counted = |time: Duration, times| time.min(COUNTED_MAX).mul_f64(times);
+        match counted(took, self.leisure).max(counted(kept_waiting, self.rest)) {
             Duration::ZERO => tokio::task::yield_now().await,
             rest => tokio::time::sleep(rest).await,
         }
-        Ok(done)
     }
 }
 
@@ -88,7 +101,7 @@ mod tests {
     use futures_util::{FutureExt, future::pending};
     use tokio::sync::oneshot;
 
-    const RESTLESS: Haste = Haste { rest: 0.0, chunks_per_transaction: 1 };
+    const RESTLESS: Haste = Haste { rest: 0.0, leisure: 0.0, chunks_per_transaction: 1 };
 
     #[tokio::test]
     async fn a_transaction_that_is_given_up_leaves_nothing_and_goes_out_of_the_way() {
@@ -133,5 +146,32 @@ mod tests {
             (nice(), handle.block_on(promptly(async move { Ok(nice()) })).expect("done"))
         });
         assert_eq!(of_both.join().expect("no panic"), (before + 5, before));
+    }
+
+    /// Linux shows it for each thread.
+    #[cfg(target_os = "linux")]
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_the_background_reads_is_read_by_a_thread_that_gives_way() {
+        /// The threads of this process's SQLite connections that give way so much.
+        fn readers(nice: i32) -> usize {
+            let stats = std::fs::read_dir("/proc/self/task").expect("the threads").flatten();
+            // "number (name) state …", and 15 words further on is the nice value; a thread may be gone meanwhile.
+            let stats = stats.filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok());
+            let of_sqlite =
+                stats.filter_map(|stat| stat.split_once("(sqlx-sqlite")?.1.rsplit_once(") ").map(|(_, words)| words.to_owned()));
+            of_sqlite.filter(|words| words.split(' ').nth(16) == Some(&*nice.to_string())).count()
+        }
+        let directory = tempfile::tempdir().expect("a directory");
+        let config = Config { storage: test_databases::sqlite(directory.path()), ..Config::default() };
+        let store = Store::open(&config.storage).await.expect("opened");
+        let nice = rustix::process::getpriority_process(None).expect("known") + 7;
+        let (background, handle) = (store.giving_way(), Handle::current());
+        let reading = std::thread::spawn(move || {
+            rustix::process::setpriority_process(None, nice).expect("lower");
+            handle.block_on(background.merged_position()).expect("read");
+        });
+        reading.join().expect("no panic");
+        assert_eq!(readers(nice), 1);
+        store.close().await;
     }
 }

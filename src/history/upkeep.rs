@@ -32,6 +32,9 @@ const CHUNKS_MERGED: usize = 32;
 const CHUNKS_MERGED_HURRIED: usize = 128;
 /// How many seconds to rest for each that a transaction is open: of a way into the store that is busy the background has a tenth.
 const REST: f64 = 9.0;
+/// How many seconds to rest at the least for each of work, until more than `history.unmerged_bytes_max` waits: what can be done in its
+/// time is done so that nobody notices. Little in the crate's own tests, which wait for rounds.
+const LEISURE: f64 = if cfg!(test) { 0.5 } else { 12.0 };
 /// From so many times `history.unmerged_bytes_max` on the rests are shorter and the transactions larger, as queries read all of it.
 const BACKLOG_HURRIED: f64 = 4.0;
 /// At so many times there is no rest.
@@ -78,6 +81,7 @@ struct Slice {
 impl Upkeep {
     /// The work on what `store` holds.
     pub fn new(config: &Config, store: Store, registry: Registry, latest: Arc<Latest>, tail: Arc<Tail>, metrics: &Metrics) -> Self {
+        let store = store.giving_way();
         let merger = Merger::new(store.clone(), registry, metrics);
         let (replay_window, replay_bytes_max) = (config.live.replay_window, config.live.replay_bytes_max);
         let (history, replay, started_behind) = (config.history.clone(), Replay::default(), *tail.head().borrow());
@@ -230,6 +234,7 @@ impl Upkeep {
 fn haste_behind(backlog: f64) -> Haste {
     Haste {
         rest: REST * ((BACKLOG_RESTLESS - backlog) / (BACKLOG_RESTLESS - BACKLOG_HURRIED)).clamp(0.0, 1.0),
+        leisure: LEISURE * ((BACKLOG_HURRIED - backlog) / (BACKLOG_HURRIED - 1.0)).clamp(0.0, 1.0),
         chunks_per_transaction: if backlog > BACKLOG_HURRIED { CHUNKS_MERGED_HURRIED } else { CHUNKS_MERGED },
     }
 }

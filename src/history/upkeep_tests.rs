@@ -143,8 +143,11 @@ async fn of_a_deleted_device_no_chunk_is_left_and_none_comes_after() {
 
 #[test]
 fn the_more_waits_the_less_merging_rests_and_the_more_it_writes_at_once() {
-    let usual = Haste { rest: REST, chunks_per_transaction: CHUNKS_MERGED };
-    assert_eq!([0.0, 1.0, BACKLOG_HURRIED].map(haste_behind), [usual; 3]);
+    let usual = Haste { rest: REST, leisure: LEISURE, chunks_per_transaction: CHUNKS_MERGED };
+    assert_eq!([0.0, 1.0].map(haste_behind), [usual; 2]);
+    assert!((0.0..LEISURE).contains(&haste_behind(2.0).leisure));
+    assert_eq!([2.0, BACKLOG_HURRIED].map(|backlog| Haste { leisure: LEISURE, ..haste_behind(backlog) }), [usual; 2]);
+    assert_eq!(haste_behind(BACKLOG_HURRIED).leisure, 0.0);
     let behind = haste_behind(BACKLOG_HURRIED + 1.0);
     assert!(behind.rest < REST && behind.chunks_per_transaction == CHUNKS_MERGED_HURRIED, "{behind:?}");
     assert!(haste_behind(BACKLOG_HURRIED + 2.0).rest < behind.rest);

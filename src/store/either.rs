@@ -94,6 +94,15 @@ impl Store {
         if settings.url.is_empty() { SqliteStore::migrate(settings).await } else { PostgresStore::migrate(settings).await }
     }
 
+    /// The same store for work in the background: where a thread of this process reads for it, that thread gives way to others if the one
+    /// does that is the first to read.
+    pub fn giving_way(&self) -> Self {
+        match self {
+            Self::Sqlite(store) => Self::Sqlite(store.giving_way()),
+            Self::Postgres(store) => Self::Postgres(store.clone()),
+        }
+    }
+
     /// Whether other gateways may write to the same database.
     pub fn is_shared(&self) -> bool {
         matches!(self, Self::Postgres(_))

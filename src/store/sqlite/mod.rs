@@ -43,6 +43,7 @@ type SqliteQuery<'q> = Query<'q, sqlx::Sqlite, SqliteArguments>;
 #[derive(Clone)]
 pub struct SqliteStore {
     shared: Arc<Shared>,
+    gives_way: bool,
 }
 
 struct Shared {
@@ -52,6 +53,8 @@ struct Shared {
     writer: Mutex<Writer>,
     wal: WalGrowth,
     readers: SqlitePool,
+    // One connection, made by who first reads with it.
+    background: SqlitePool,
 }
 
 /// The one way to write.
@@ -73,19 +76,15 @@ impl SqliteStore {
         enable_incremental_vacuum(&mut writer).await?;
         migrate_on(&mut writer).await?.log();
         // All at once, and for good: the thread of a connection that is made later gives way to others if the one does that makes it.
-        let readers = SqlitePoolOptions::new()
-            .min_connections(settings.readers)
-            .max_connections(settings.readers)
-            .idle_timeout(None)
-            .max_lifetime(None)
-            .acquire_timeout(Duration::from_secs(30))
-            .connect_with(options.clone().create_if_missing(false).read_only(true).pragma("cache_size", READER_CACHE_KIB))
-            .await?;
+        let pool = SqlitePoolOptions::new().idle_timeout(None).max_lifetime(None).acquire_timeout(Duration::from_secs(30));
+        let read_only = options.clone().create_if_missing(false).read_only(true).pragma("cache_size", READER_CACHE_KIB);
+        let background = pool.clone().max_connections(1).connect_lazy_with(read_only.clone());
+        let readers = pool.min_connections(settings.readers).max_connections(settings.readers).connect_with(read_only).await?;
         let (wal, woken) = WalGrowth::new();
         let writer = Mutex::new(Writer { connection: Some(writer), last_position: None, lock: Some(lock) });
-        let shared = Arc::new(Shared { options, checkpointer: Mutex::new(Checkpointer::Open(None)), writer, wal, readers });
+        let shared = Arc::new(Shared { options, checkpointer: Mutex::new(Checkpointer::Open(None)), writer, wal, readers, background });
         tokio::spawn(checkpoint::run(Arc::downgrade(&shared), woken));
-        Ok(Self { shared })
+        Ok(Self { shared, gives_way: false })
     }
 
     pub async fn migrate(settings: &Storage) -> Result<Migrated, StoreError> {
@@ -120,8 +119,14 @@ impl SqliteStore {
         tx.commit().await
     }
 
+    /// Reads with a connection of its own; see [`Store::giving_way`](super::Store::giving_way).
+    pub fn giving_way(&self) -> Self {
+        Self { gives_way: true, ..self.clone() }
+    }
+
     /// Ends all connections, after what is under way, and gives the data directory back.
     pub async fn close(&self) {
+        self.shared.background.close().await;
         self.shared.readers.close().await;
         if let Err(error) = self.shared.checkpointer.lock().await.close().await {
             tracing::warn!(%error, "store.close_failed");
@@ -141,7 +146,7 @@ impl SqliteStore {
     }
 
     pub(in crate::store) fn readers(&self) -> &SqlitePool {
-        &self.shared.readers
+        if self.gives_way { &self.shared.background } else { &self.shared.readers }
     }
 }
 
