@@ -333,7 +333,11 @@ pub static SETTINGS: &[Setting] = &[
         Allowed::Flag,
         "Do not wait for the disk at each commit: faster on slow disks, but a power cut or a kernel crash loses the last acknowledged batches.",
     ),
-    setting("storage.readers", Allowed::Count(1..=64), "How many connections read from the database at once."),
+    setting(
+        "storage.readers",
+        Allowed::Count(1..=64),
+        "How many connections read from the database at once. In SQLite merging reads with one more.",
+    ),
     setting(
         "ingest.pending_bytes_max",
         Allowed::Bytes(64 * KIB..=64 * GIB),
@@ -464,7 +468,7 @@ pub static SETTINGS: &[Setting] = &[
     setting(
         "history.unmerged_bytes_max",
         Allowed::Bytes(1..=64 * GIB),
-        "How many bytes of batches may come in before they are merged without waiting for the interval. When four times as much waits, merging begins to take more than a tenth of the time for which devices keep the database busy, and at sixteen times all that it needs.",
+        "How many bytes of batches may come in before they are merged without waiting for the interval. As long as less waits, merging rests twelve times as long as it works; from there on less. When four times as much waits, merging begins to take more than a tenth of the time for which devices keep the database busy, and at sixteen times all that it needs.",
     ),
     setting(
         "history.retention_age",

@@ -27,12 +27,15 @@ use std::{collections::HashMap, iter::Peekable, ops::Range, time::Instant};
 
 // Small in the crate's own tests, so that there a few readings come to several passes, steps and transactions.
 const ROWS_PER_READ: usize = if cfg!(test) { 3 } else { 4_096 };
+/// How many rows a pass reads first, as long as it does not know how large they are.
+const ROWS_OF_FIRST_READ: usize = if cfg!(test) { 3 } else { 16 };
 const BYTES_PER_READ: usize = 128 << 10;
 /// How many bytes of readings a pass holds, about; buffers that grow take up to twice as much.
 const PASS_BYTES_MAX: usize = if cfg!(test) { 8 << 10 } else { 16 << 20 };
 /// Of how many sensors the chunks are looked up at once.
 const SENSORS_PER_STEP: usize = if cfg!(test) { 2 } else { 1_024 };
-/// How many readings are put in order at once, or decoded and encoded, those of the chunks that are written anew among them; about.
+/// How many readings are put in order at once, or decoded and encoded, those of the chunks that are written anew among them; about, as
+/// those of one sensor are put in order together.
 const READINGS_PER_PIECE: usize = if cfg!(test) { 100 } else { 16 << 10 };
 /// What one transaction writes at the most, about, so that ingest does not wait for long; it may end sooner, by
 /// [`Haste::chunks_per_transaction`]. A part is not divided.
@@ -122,12 +125,15 @@ impl Merger {
 
     /// Reads the log behind `merged`, and how far.
     async fn gather(&self, merged: Position, haste: impl Fn() -> Haste) -> Result<(Gather, Position), StoreError> {
-        let (mut gather, mut through) = (Gather::default(), merged);
+        let (mut gather, mut through, mut rows_max) = (Gather::default(), merged, ROWS_OF_FIRST_READ);
         while gather.bytes() < PASS_BYTES_MAX {
             let began = Instant::now();
-            let rows = self.store.read_log(through, ROWS_PER_READ, BYTES_PER_READ).await?;
+            let rows = self.store.read_log(through, rows_max, BYTES_PER_READ).await?;
             let Some(last) = rows.last() else { break };
             through = last.position;
+            // The database reads ahead; so it is not asked for what would be thrown away.
+            let bytes: usize = rows.iter().map(|row| row.batch.len()).sum();
+            rows_max = (rows.len() * BYTES_PER_READ / bytes.max(1)).clamp(1, ROWS_PER_READ);
             for row in &rows {
                 if !gather.knows(row.device) {
                     gather.introduce(row.device, self.registry.by_key(row.device).await?);

@@ -102,7 +102,7 @@ impl Running {
         let latest = Arc::new(Latest::load(&store, &registry).await.expect("read"));
         let (ingest, writer) =
             writer(&config, store.clone(), registry.clone(), tail.clone(), latest.clone(), &metrics, Readiness::starting(&[]));
-        let merger = Merger::new(store.clone(), registry.clone(), &metrics);
+        let merger = Merger::new(store.giving_way(), registry.clone(), &metrics);
         let upkeep = Upkeep::new(&config, store.clone(), registry, latest, tail, &metrics);
         let reader = Reader::new(store.clone(), &config.query, config.log.slow_query);
         let clocks = ClockWatch::new(&config.devices);

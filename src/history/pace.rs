@@ -15,6 +15,8 @@ use tokio_util::sync::CancellationToken;
 
 /// A transaction that takes longer than this is not rested from for longer: something is wrong, and all wait anyway.
 const COUNTED_MAX: Duration = Duration::from_secs(1);
+/// The same at leisure: what takes longer than this has mostly waited itself, for a processor or the disk.
+const COUNTED_AT_LEISURE_MAX: Duration = Duration::from_millis(20);
 
 /// How fast to go.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -63,15 +65,15 @@ impl Haste {
         Ok(done)
     }
 
-    /// Rests from what was read and computed since `began`: a few thousand readings at the most, so that nobody waits for long.
+    /// Rests from what was read and computed since `began`: of some thousand readings, so that nobody waits for long.
     pub async fn rest_from_piece(self, began: Instant) {
         self.rest_from(began.elapsed(), Duration::ZERO).await;
     }
 
     /// Rests from what took so long, and kept others waiting for a part of it.
     async fn rest_from(self, took: Duration, kept_waiting: Duration) {
-        let counted = |time: Duration, times| time.min(COUNTED_MAX).mul_f64(times);
-        match counted(took, self.leisure).max(counted(kept_waiting, self.rest)) {
+        let at_leisure = took.min(COUNTED_AT_LEISURE_MAX).mul_f64(self.leisure);
+        match kept_waiting.min(COUNTED_MAX).mul_f64(self.rest).max(at_leisure) {
             Duration::ZERO => tokio::task::yield_now().await,
             rest => tokio::time::sleep(rest).await,
         }
@@ -146,32 +148,5 @@ mod tests {
             (nice(), handle.block_on(promptly(async move { Ok(nice()) })).expect("done"))
         });
         assert_eq!(of_both.join().expect("no panic"), (before + 5, before));
-    }
-
-    /// Linux shows it for each thread.
-    #[cfg(target_os = "linux")]
-    #[tokio::test(flavor = "multi_thread")]
-    async fn what_the_background_reads_is_read_by_a_thread_that_gives_way() {
-        /// The threads of this process's SQLite connections that give way so much.
-        fn readers(nice: i32) -> usize {
-            let stats = std::fs::read_dir("/proc/self/task").expect("the threads").flatten();
-            // "number (name) state …", and 15 words further on is the nice value; a thread may be gone meanwhile.
-            let stats = stats.filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok());
-            let of_sqlite =
-                stats.filter_map(|stat| stat.split_once("(sqlx-sqlite")?.1.rsplit_once(") ").map(|(_, words)| words.to_owned()));
-            of_sqlite.filter(|words| words.split(' ').nth(16) == Some(&*nice.to_string())).count()
-        }
-        let directory = tempfile::tempdir().expect("a directory");
-        let config = Config { storage: test_databases::sqlite(directory.path()), ..Config::default() };
-        let store = Store::open(&config.storage).await.expect("opened");
-        let nice = rustix::process::getpriority_process(None).expect("known") + 7;
-        let (background, handle) = (store.giving_way(), Handle::current());
-        let reading = std::thread::spawn(move || {
-            rustix::process::setpriority_process(None, nice).expect("lower");
-            handle.block_on(background.merged_position()).expect("read");
-        });
-        reading.join().expect("no panic");
-        assert_eq!(readers(nice), 1);
-        store.close().await;
     }
 }

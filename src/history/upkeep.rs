@@ -56,9 +56,11 @@ pub struct Upkeep {
     replay_window: Duration,
     replay_bytes_max: usize,
     replay: Replay,
-    // Of what came in since the start, behind this position, how many bytes of batches are merged.
-    started_behind: Position,
+    // Of what came in behind this position, since the start or since this gateway leads, how many bytes of batches are merged.
+    leads_behind: Position,
     merged_bytes: u64,
+    // How many bytes of batches up to it wait, about.
+    earlier_bytes: u64,
     // By the current round, bytes of batches.
     pruned_bytes: u64,
 }
@@ -84,9 +86,21 @@ impl Upkeep {
         let store = store.giving_way();
         let merger = Merger::new(store.clone(), registry, metrics);
         let (replay_window, replay_bytes_max) = (config.live.replay_window, config.live.replay_bytes_max);
-        let (history, replay, started_behind) = (config.history.clone(), Replay::default(), *tail.head().borrow());
-        let (merged_bytes, pruned_bytes) = (0, 0);
-        Self { store, latest, tail, merger, history, replay_window, replay_bytes_max, replay, started_behind, merged_bytes, pruned_bytes }
+        let leads_behind = *tail.head().borrow();
+        Self {
+            store,
+            latest,
+            tail,
+            merger,
+            history: config.history.clone(),
+            replay_window,
+            replay_bytes_max,
+            replay: Replay::default(),
+            leads_behind,
+            merged_bytes: 0,
+            earlier_bytes: 0,
+            pruned_bytes: 0,
+        }
     }
 
     /// Works until `stop`: at each interval, and when enough has come in.
@@ -116,24 +130,14 @@ impl Upkeep {
     /// Merges all that waits, prunes and deletes.
     pub async fn round(&mut self) -> Result<(), StoreError> {
         self.pruned_bytes = 0;
-        let appended = self.tail.appended_bytes();
         if !self.store.lead_upkeep().await? {
             // Another gateway does it.
-            self.merged_bytes = appended;
+            (self.leads_behind, self.merged_bytes, self.earlier_bytes) = (*self.tail.head().borrow(), self.tail.appended_bytes(), 0);
             return Ok(());
         }
         // What comes in meanwhile is for the next round: as long as devices send there would always be more.
         let end = self.store.last_position().await?;
-        loop {
-            let appended = self.tail.appended_bytes();
-            let Some(Merged { after, through, rows }) = self.merger.pass(|| self.haste()).await? else {
-                self.merged_bytes = appended;
-                break;
-            };
-            let new = rows.iter().filter(|row| row.position > self.started_behind);
-            self.merged_bytes += new.map(|row| row.bytes as u64).sum::<u64>();
-            self.replay.extend(&self.store, after).await?;
-            self.replay.add(&rows, through);
+        while let Some(through) = self.merge().await? {
             self.prune().await?;
             self.show_backlog().await?;
             if through >= end {
@@ -144,9 +148,27 @@ impl Upkeep {
         self.expire().await
     }
 
-    /// About how many bytes of batches wait to be merged.
+    /// Does a pass of merging, and counts what it leaves; up to which position, or `None` when there was nothing to merge.
+    async fn merge(&mut self) -> Result<Option<Position>, StoreError> {
+        let appended = self.tail.appended_bytes();
+        let Some(Merged { after, through, rows }) = self.merger.pass(|| self.haste()).await? else {
+            (self.merged_bytes, self.earlier_bytes) = (appended, 0);
+            return Ok(None);
+        };
+        let bytes: u64 = rows.iter().map(|row| row.bytes as u64).sum();
+        let newer = rows.partition_point(|row| row.position <= self.leads_behind);
+        self.merged_bytes += rows[newer..].iter().map(|row| row.bytes as u64).sum::<u64>();
+        // Nobody has counted these when they came in; they will be of the size of those that were just merged.
+        let earlier = (self.leads_behind.0 - through.0).max(0) as u64;
+        self.earlier_bytes = earlier * (bytes / rows.len().max(1) as u64);
+        self.replay.extend(&self.store, after).await?;
+        self.replay.add(&rows, through);
+        Ok(Some(through))
+    }
+
+    /// About how many bytes of batches wait to be merged. What waited at the start counts from the first pass on.
     fn backlog_bytes(&self) -> u64 {
-        self.tail.appended_bytes().saturating_sub(self.merged_bytes)
+        self.earlier_bytes + self.tail.appended_bytes().saturating_sub(self.merged_bytes)
     }
 
     /// Whether it is time for a round, though the interval is not over.
@@ -224,7 +246,9 @@ impl Upkeep {
         if !self.may_go_on(until) {
             return Ok(0);
         }
-        let deleted = self.haste().write(&self.store, move |tx| Box::pin(tx.delete_oldest_chunks(before, CHUNKS_PER_DELETION))).await?;
+        // Not at leisure: there is too much, and may be more before the next round.
+        let haste = Haste { leisure: 0.0, ..self.haste() };
+        let deleted = haste.write(&self.store, move |tx| Box::pin(tx.delete_oldest_chunks(before, CHUNKS_PER_DELETION))).await?;
         self.merger.metrics.expired_readings.increment(deleted.readings);
         Ok(deleted.batches)
     }

@@ -64,8 +64,13 @@ impl Fixture {
     }
 
     async fn upkeep(&self) -> Upkeep {
+        self.upkeep_behind(Position(0)).await
+    }
+
+    /// Of a gateway that has started when the log ended there.
+    async fn upkeep_behind(&self, head: Position) -> Upkeep {
         let latest = Arc::new(Latest::load(&self.store, &self.registry).await.expect("read"));
-        let tail = Arc::new(Tail::new(Position(0), 1 << 20));
+        let tail = Arc::new(Tail::new(head, 1 << 20));
         Upkeep::new(&self.config, self.store.clone(), self.registry.clone(), latest, tail, &Metrics::new())
     }
 
@@ -141,6 +146,21 @@ async fn of_a_deleted_device_no_chunk_is_left_and_none_comes_after() {
     assert_eq!(fixture.store.log_sizes(Position(0), 10).await.expect("read"), []);
 }
 
+#[tokio::test]
+async fn what_waits_since_before_the_start_is_counted_by_the_size_of_what_is_merged() {
+    let fixture = Fixture::open(|_| ()).await;
+    for part in 0..100 {
+        fixture.append(part * HOUR, 10, 1_000).await;
+    }
+    let mut upkeep = fixture.upkeep_behind(fixture.store.last_position().await.expect("read")).await;
+    assert_eq!(upkeep.backlog_bytes(), 0);
+    let merged = upkeep.merge().await.expect("merged");
+    assert!(merged > Some(Position(0)) && merged < Some(Position(50)), "a pass is small here: {merged:?}");
+    assert!((50 * 10_000..101 * 10_000).contains(&upkeep.backlog_bytes()), "{}", upkeep.backlog_bytes());
+    upkeep.round().await.expect("done");
+    assert_eq!(upkeep.backlog_bytes(), 0);
+}
+
 #[test]
 fn the_more_waits_the_less_merging_rests_and_the_more_it_writes_at_once() {
     let usual = Haste { rest: REST, leisure: LEISURE, chunks_per_transaction: CHUNKS_MERGED };
@@ -153,4 +173,31 @@ fn the_more_waits_the_less_merging_rests_and_the_more_it_writes_at_once() {
     assert!(haste_behind(BACKLOG_HURRIED + 2.0).rest < behind.rest);
     assert_eq!(haste_behind(BACKLOG_RESTLESS).rest, 0.0);
     assert_eq!(haste_behind(2.0 * BACKLOG_RESTLESS).rest, 0.0);
+}
+
+/// Linux shows it for each thread.
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_merged_is_read_by_a_thread_that_gives_way() {
+    /// The threads of this process's SQLite connections that give way so much.
+    fn readers(nice: i32) -> usize {
+        let threads = std::fs::read_dir("/proc/self/task").expect("the threads").flatten();
+        // "number (name) state …", of which the 17th word is the nice value; a thread may be gone meanwhile.
+        let stats = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok());
+        let of_sqlite = stats.filter_map(|stat| stat.split_once("(sqlx-sqlite")?.1.rsplit_once(") ").map(|(_, words)| words.to_owned()));
+        of_sqlite.filter(|words| words.split(' ').nth(16) == Some(&*nice.to_string())).count()
+    }
+    let fixture = Fixture::open(|_| ()).await;
+    fixture.append(0, 10, 10).await;
+    let runtime = tokio::runtime::Handle::current();
+    let merging = std::thread::spawn(move || {
+        let before = rustix::process::getpriority_process(None).expect("known");
+        rustix::process::setpriority_process(None, before + 7).expect("lower");
+        // As it is now: there is a lowest.
+        let nice = rustix::process::getpriority_process(None).expect("known");
+        runtime.block_on(fixture.round());
+        (readers(nice), runtime.block_on(fixture.merged()).0)
+    });
+    let (readers, merged) = merging.join().expect("no panic");
+    assert_eq!((readers, merged), (1, 10));
 }

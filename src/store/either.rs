@@ -94,8 +94,8 @@ impl Store {
         if settings.url.is_empty() { SqliteStore::migrate(settings).await } else { PostgresStore::migrate(settings).await }
     }
 
-    /// The same store for work in the background: where a thread of this process reads for it, that thread gives way to others if the one
-    /// does that is the first to read.
+    /// The same store for work in the background. SQLite reads for it on a connection of its own, which is opened by who reads first: its
+    /// thread inherits that one's priority.
     pub fn giving_way(&self) -> Self {
         match self {
             Self::Sqlite(store) => Self::Sqlite(store.giving_way()),

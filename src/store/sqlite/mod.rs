@@ -75,10 +75,10 @@ impl SqliteStore {
         let mut writer = SqliteConnection::connect_with(&options).await?;
         enable_incremental_vacuum(&mut writer).await?;
         migrate_on(&mut writer).await?.log();
-        // All at once, and for good: the thread of a connection that is made later gives way to others if the one does that makes it.
         let pool = SqlitePoolOptions::new().idle_timeout(None).max_lifetime(None).acquire_timeout(Duration::from_secs(30));
         let read_only = options.clone().create_if_missing(false).read_only(true).pragma("cache_size", READER_CACHE_KIB);
         let background = pool.clone().max_connections(1).connect_lazy_with(read_only.clone());
+        // All at once, and for good: the thread of a connection that is made later gives way to others if the one does that makes it.
         let readers = pool.min_connections(settings.readers).max_connections(settings.readers).connect_with(read_only).await?;
         let (wal, woken) = WalGrowth::new();
         let writer = Mutex::new(Writer { connection: Some(writer), last_position: None, lock: Some(lock) });
