@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 /// A transaction that takes longer than this is not rested from for longer: something is wrong, and all wait anyway.
 const COUNTED_MAX: Duration = Duration::from_secs(1);
-/// The same at leisure: what takes longer than this has mostly waited itself, for a processor or the disk.
+/// The same at leisure: what takes longer than this has mostly waited itself, for a processor or the disk, and few pieces are so large.
 const COUNTED_AT_LEISURE_MAX: Duration = Duration::from_millis(20);
 
 /// How fast to go.

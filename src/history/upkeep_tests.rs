@@ -156,7 +156,9 @@ async fn what_waits_since_before_the_start_is_counted_by_the_size_of_what_is_mer
     assert_eq!(upkeep.backlog_bytes(), 0);
     let merged = upkeep.merge().await.expect("merged");
     assert!(merged > Some(Position(0)) && merged < Some(Position(50)), "a pass is small here: {merged:?}");
-    assert!((50 * 10_000..101 * 10_000).contains(&upkeep.backlog_bytes()), "{}", upkeep.backlog_bytes());
+    // All entries are of about one size.
+    let left = 100 - merged.expect("checked").0 as u64;
+    assert!((left * 10_000..left * 10_200).contains(&upkeep.backlog_bytes()), "{} of {left} entries", upkeep.backlog_bytes());
     upkeep.round().await.expect("done");
     assert_eq!(upkeep.backlog_bytes(), 0);
 }
@@ -195,6 +197,7 @@ async fn what_is_merged_is_read_by_a_thread_that_gives_way() {
         rustix::process::setpriority_process(None, before + 7).expect("lower");
         // As it is now: there is a lowest.
         let nice = rustix::process::getpriority_process(None).expect("known");
+        assert!(nice > before, "run this with a higher priority");
         runtime.block_on(fixture.round());
         (readers(nice), runtime.block_on(fixture.merged()).0)
     });
