@@ -120,6 +120,8 @@ impl Upkeep {
                 None => return,
                 Some(Ok(())) => {}
                 Some(Err(error)) => {
+                    // What waits since before the start is no reason to try again at once, and is estimated anew.
+                    self.earlier_bytes = 0;
                     self.merger.metrics.merge_failures.increment(1);
                     tracing::warn!(error = &error as &dyn std::error::Error, "history.failed: trying again at the next interval");
                 }
