@@ -2,8 +2,8 @@
 
 use crate::{
     model::{
-        BatchLimits, CheckedBatch, Timestamp, ValueKind,
-        batch::{BatchSensors, KnownSensor, LatestReading, decode_stored, retain_columns},
+        BatchLimits, CheckedBatch, LatestReading, Timestamp, ValueKind,
+        batch::{BatchSensors, DecodedColumn, KnownSensor, decode_stored, retain_columns},
         columns::{Value, Values, times_from_deltas},
         correction::Correction,
         scan::{self, Unusual},
@@ -44,10 +44,14 @@ pub fn batch(data: &[u8]) {
         assert_eq!(unknown.summary, summary);
         let BatchSensors::New(uses) = unknown.sensors else { panic!("none is known") };
         assert_eq!(latest.len(), uses.len());
+        let columns = decode_stored(bytes, |_| true).expect("it was decoded before");
         for LatestReading { sensor_key, time, value, .. } in latest {
-            let used = &uses[&names[sensor_key as usize].0];
-            assert_eq!(used.latest_time, time);
-            assert!(same(&used.latest_value, &value), "{:?} is not {value:?}", used.latest_value);
+            let of_sensor = columns.iter().filter(|column| column.sensor == names[sensor_key as usize].0);
+            let expected =
+                of_sensor.filter_map(DecodedColumn::latest).reduce(|earlier, next| if next.0 < earlier.0 { earlier } else { next });
+            let (expected_time, expected_value) = expected.expect("it has a reading");
+            assert_eq!(expected_time, time);
+            assert!(same(&expected_value, &value), "{expected_value:?} is not {value:?}");
         }
     }
 }

@@ -27,8 +27,12 @@ use std::{
 };
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-/// What a waiting batch costs besides its bytes.
-const BATCH_OVERHEAD_BYTES: usize = 1024;
+/// What a run costs besides its batches' bytes, with the first of them and the latest readings of all.
+const RUN_OVERHEAD_BYTES: usize = 1024;
+/// What each further batch of a run costs besides its bytes.
+const BATCH_OVERHEAD_BYTES: usize = 256;
+/// With how much more each batch is counted in the backlog's lane: small ones cost processor time.
+const BACKLOG_OVERHEAD_BYTES: usize = 1024;
 /// How many times as long as a part of the backlog's lane was held it rests.
 const REST: u32 = 4;
 /// How long it rests at the most: after a commit that took long for a reason of its own, a backlog need not stand still.
@@ -128,7 +132,7 @@ impl BacklogLane {
             }
             // In vain is the turn of a call that is not looked at.
             let _ = tokio::time::timeout(TURN_MAX, turn).await;
-            if let Some(bytes) = self.budget.take_now(bytes) {
+            if let Some(bytes) = self.budget.take_now(bytes + BACKLOG_OVERHEAD_BYTES) {
                 return LanePart { bytes: Some(bytes), since: Instant::now(), lane: self.clone() };
             }
         }
@@ -191,9 +195,9 @@ impl Budget {
         Self { free: Arc::new(Semaphore::new(bytes_max)), bytes_max }
     }
 
-    /// A batch that is larger than all of it takes all of it.
+    /// What is larger than all of it takes all of it.
     fn cost(&self, bytes: usize) -> u32 {
-        u32::try_from((bytes + BATCH_OVERHEAD_BYTES).min(self.bytes_max)).unwrap_or(u32::MAX)
+        u32::try_from(bytes.min(self.bytes_max)).unwrap_or(u32::MAX)
     }
 
     async fn take(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Error> {
@@ -217,19 +221,19 @@ impl Admission {
             Lane::Live => None,
             Lane::Backlog => Some(self.backlog.take(bytes).await),
         };
-        Ok(Permit { all: self.all.take(bytes).await?, backlog })
+        Ok(Permit { all: self.all.take(bytes + RUN_OVERHEAD_BYTES).await?, backlog })
     }
 
     /// Admits a further batch, if that is possible without waiting.
     pub fn admit_with(&self, permit: &mut Permit, bytes: usize) -> bool {
         let part = match &permit.backlog {
             None => None,
-            Some(_) => match self.backlog.budget.take_now(bytes) {
+            Some(_) => match self.backlog.budget.take_now(bytes + BACKLOG_OVERHEAD_BYTES) {
                 None => return false,
                 taken => taken,
             },
         };
-        let Some(all) = self.all.take_now(bytes) else { return false };
+        let Some(all) = self.all.take_now(bytes + BATCH_OVERHEAD_BYTES) else { return false };
         permit.all.merge(all);
         if let (Some(held), Some(more)) = (&mut permit.backlog, part) {
             held.merge(more);

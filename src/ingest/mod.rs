@@ -123,7 +123,7 @@ impl Ingest {
             let _ = reply.send(Ok(run.discard()));
             return Ok(Pending { batches, reply: receiver });
         }
-        let bytes = run.take_bytes();
+        let bytes = run.pack();
         self.sender.send(Submitted { run, bytes, reply }).await.map_err(|_| Error::Draining)?;
         Ok(Pending { batches, reply: receiver })
     }

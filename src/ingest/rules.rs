@@ -113,6 +113,7 @@ pub(crate) struct Running {
     store: Store,
     ingest: Ingest,
     registry: Registry,
+    latest: Arc<Latest>,
     writing: JoinHandle<()>,
 }
 
@@ -124,8 +125,9 @@ impl Running {
         let registry = Registry::new(store.clone(), true, usize::MAX);
         let tail = Arc::new(Tail::new(store.last_position().await.expect("read"), 1 << 20));
         let latest = Arc::new(Latest::load(&store, &registry).await.expect("read"));
-        let (ingest, writer) = writer(&config, store.clone(), registry.clone(), tail, latest, &Metrics::new(), Readiness::starting(&[]));
-        Self { store, ingest, registry, writing: tokio::spawn(writer.run()) }
+        let readiness = Readiness::starting(&[]);
+        let (ingest, writer) = writer(&config, store.clone(), registry.clone(), tail, latest.clone(), &Metrics::new(), readiness);
+        Self { store, ingest, registry, latest, writing: tokio::spawn(writer.run()) }
     }
 
     async fn device(&self, id: &DeviceId) -> Arc<Device> {
@@ -151,8 +153,14 @@ fn comparable(outcome: Outcome) -> (Outcome, String) {
     }
 }
 
+/// The latest readings of a device.
+fn shown(latest: &Latest, device: &DeviceId) -> Vec<pb::Batch> {
+    let (_, found) = latest.snapshot(|id| id == device);
+    found.iter().flat_map(|found| found.batches(|_| true)).collect()
+}
+
 /// Takes the steps with a device that the database does not know yet, and compares what becomes of each batch, the log and the ledger with the
-/// rules. Gives the writer back, for more.
+/// rules, and the latest readings with those that a start finds in the log. Gives the writer back, for more.
 pub(crate) async fn check(steps: Vec<Step>, storage: &Storage, mut running: Running, device: &DeviceId) -> Running {
     let streams: Vec<StreamId> = (0..STREAMS).map(|_| StreamId::new()).collect();
     let mut model = Model::default();
@@ -214,5 +222,7 @@ pub(crate) async fn check(steps: Vec<Step>, storage: &Storage, mut running: Runn
         assert_eq!(running.store.last_sequence(device_now.key, *stream_id).await.expect("read"), last);
     }
     assert_eq!(device_now.account.pending(), Count::default(), "nothing waits for ever");
+    let in_log = Latest::load(&running.store, &running.registry).await.expect("read");
+    assert_eq!(shown(&running.latest, device), shown(&in_log, device));
     running
 }

@@ -5,14 +5,20 @@ use crate::{
     error::Error,
     fleet::{Device, Sensors, account::Waiting},
     model::{
-        BatchReject, CheckedBatch, StreamId, Timestamp,
-        batch::{BatchSensors, RejectReason, reason_name},
+        BatchReject, BatchSummary, CheckedBatch, LatestReadings, StreamId, Timestamp,
+        batch::{BatchSensors, RejectReason, SensorUse, reason_name},
         correction::{Corrected, Correction},
     },
     store::{DeadLetterRow, SensorRow},
 };
 use bytes::Bytes;
-use std::{collections::HashMap, ops::Range, sync::Arc, time::Duration};
+use std::{
+    cell::Cell,
+    collections::{BTreeMap, HashMap},
+    ops::Range,
+    sync::Arc,
+    time::Duration,
+};
 
 /// How many batches go on together at the most: with a device that has a backlog, others need not wait long for their turn.
 const BATCHES_MAX: usize = 256;
@@ -49,11 +55,34 @@ pub struct Run {
     bytes: Vec<u8>,
     // What the device had when the run began: a sensor that it has is never taken away.
     sensors: Arc<Sensors>,
+    // Of all of its batches together; None when one has something that is not known until it is stored.
+    latest: Option<LatestReadings>,
     admitted: Permit,
     waiting: Waiting,
     times: Times,
     // The number of the rejected batch that it is: it is judged once more, outside of its stream's order.
     pub(super) dead_letter: Option<i64>,
+}
+
+thread_local! {
+    // That of the thread's last run: it is large enough, and in the processor's cache.
+    static ROOM: Cell<Room> = Cell::default();
+}
+
+/// Where a run grows, until it is known how large it is.
+#[derive(Default)]
+struct Room {
+    batches: Vec<RunBatch>,
+    bytes: Vec<u8>,
+}
+
+impl Room {
+    fn give_back(self) {
+        // A single batch may be many times as large.
+        if self.bytes.capacity() <= 4 * BYTES_ENOUGH {
+            ROOM.set(self);
+        }
+    }
 }
 
 /// Whose the times in a run's batches are.
@@ -76,7 +105,14 @@ pub(super) struct RunBatch {
     pub range: Range<usize>,
     /// What was added to all of its times now, microseconds.
     pub clock_correction: i64,
-    pub checked: Result<CheckedBatch, BatchReject>,
+    pub checked: Result<Checked, Box<BatchReject>>,
+}
+
+/// What is left to know of a batch that is well formed. Many of these wait for a commit: it is small.
+pub(super) struct Checked {
+    pub summary: BatchSummary,
+    /// Whether the device's sensors agree with these is for the writer to say. None: they do.
+    pub new_sensors: Option<BTreeMap<String, SensorUse>>,
 }
 
 impl RunBatch {
@@ -86,20 +122,10 @@ impl RunBatch {
             Err(reject) => reject.readings,
         }
     }
-}
 
-impl RunBatch {
     /// Whether sequences are missing between the last durable one and this, other than those that the device lost.
     pub fn leaves_gap(&self, last_sequence: u64) -> bool {
         self.sequence.saturating_sub(last_sequence) > self.lost_batches.saturating_add(1)
-    }
-
-    /// What the latest values need to know of it, which it need not keep.
-    pub fn take_sensors(&mut self) -> BatchSensors {
-        match &mut self.checked {
-            Ok(checked) => std::mem::replace(&mut checked.sensors, BatchSensors::Known(Vec::new())),
-            Err(_) => BatchSensors::Known(Vec::new()),
-        }
     }
 }
 
@@ -123,13 +149,15 @@ impl Ingest {
         first: Envelope,
     ) -> Result<Run, Error> {
         let admitted = self.admission.admit(lane, first.batch.len()).await?;
+        let Room { batches, bytes } = ROOM.take();
         let mut run = Run {
             device: device.clone(),
             stream_id,
             receive_time: Timestamp::now(),
-            batches: Vec::new(),
-            bytes: Vec::with_capacity(first.batch.len()),
+            batches,
+            bytes,
             sensors: device.sensors(),
+            latest: Some(LatestReadings::default()),
             admitted,
             waiting: device.account.waiting(),
             times,
@@ -165,19 +193,16 @@ impl Ingest {
         let Envelope { sequence, batch, lost_batches, lost_readings } = envelope;
         let size = batch.len();
         let (batch, clock_correction, checked) = self.check(run, batch);
-        let readings = match &checked {
-            Ok(checked) => u64::from(checked.summary.readings),
-            Err(reject) => reject.readings,
-        };
-        // What is replayed was paid for, and accounted for, when it came.
-        if run.dead_letter.is_none() {
-            self.device_limits.spend(&run.device.usage, readings, size);
-            run.waiting.add(readings);
-        }
         let begin = run.bytes.len();
         run.bytes.extend_from_slice(&batch);
         let range = begin..run.bytes.len();
-        run.batches.push(RunBatch { sequence, lost_batches, lost_readings, range, clock_correction, checked });
+        let batch = RunBatch { sequence, lost_batches, lost_readings, range, clock_correction, checked: run.take_over(checked) };
+        // What is replayed was paid for, and accounted for, when it came.
+        if run.dead_letter.is_none() {
+            self.device_limits.spend(&run.device.usage, batch.readings(), size);
+            run.waiting.add(batch.readings());
+        }
+        run.batches.push(batch);
     }
 
     /// Checks a batch, with its times corrected where the device's clock is known to be off: what is kept of it, and what was added to all of them.
@@ -240,6 +265,33 @@ impl Run {
         self.batches.iter().filter_map(newest).max()
     }
 
+    /// Takes over what was found in its next batch. The latest readings of all batches are kept together: with each they would take
+    /// several times as much memory as its bytes.
+    fn take_over(&mut self, checked: Result<CheckedBatch, BatchReject>) -> Result<Checked, Box<BatchReject>> {
+        let CheckedBatch { summary, sensors } = checked.map_err(|reject| {
+            self.latest = None;
+            Box::new(reject)
+        })?;
+        let new_sensors = match sensors {
+            BatchSensors::Known(latest) => {
+                if let Some(all) = &mut self.latest {
+                    all.absorb(latest);
+                }
+                None
+            }
+            BatchSensors::New(sensors) => {
+                self.latest = None;
+                Some(sensors)
+            }
+        };
+        Ok(Checked { summary, new_sensors })
+    }
+
+    /// The latest readings of all of its batches together, if they are known and `stored` are all of its batches.
+    pub(super) fn take_latest(&mut self, stored: &Range<usize>) -> Option<LatestReadings> {
+        if *stored == (0..self.len()) { self.latest.take() } else { None }
+    }
+
     /// Nothing more is added to it.
     pub(super) fn close(&self) {
         self.admitted.close();
@@ -258,13 +310,13 @@ impl Run {
     /// What a null sink says of it. The device has learnt its sensors, as with a gateway, so that the next batch is checked
     /// in the same way.
     pub(super) fn discard(self) -> Vec<Reply> {
-        let Self { device, batches, receive_time, .. } = self;
-        let replies = batches.into_iter().map(|batch| {
+        let Self { device, mut batches, mut bytes, receive_time, .. } = self;
+        let replies = batches.drain(..).map(|batch| {
             let outcome = match &batch.checked {
                 Ok(checked) => Outcome::Stored { readings: u64::from(checked.summary.readings) },
-                Err(reject) => Outcome::Rejected(reject.clone()),
+                Err(reject) => Outcome::Rejected(reject.as_ref().clone()),
             };
-            if let Ok(CheckedBatch { sensors: BatchSensors::New(uses), summary }) = &batch.checked
+            if let Ok(Checked { summary, new_sensors: Some(uses) }) = &batch.checked
                 && let Ok(rows) = device.judge(uses, summary.readings, &HashMap::new(), usize::MAX, receive_time)
             {
                 let unused = device.sensors_len() as i64 + 1;
@@ -272,7 +324,10 @@ impl Run {
             }
             Reply { sequence: batch.sequence, outcome, durable_through: batch.sequence }
         });
-        replies.collect()
+        let replies = replies.collect();
+        bytes.clear();
+        Room { batches, bytes }.give_back();
+        replies
     }
 
     /// Its batches wait no longer: they are in the store, or refused. Before the device is answered, so that it does not find what it was
@@ -281,10 +336,14 @@ impl Run {
         self.waiting = self.device.account.waiting();
     }
 
-    /// The bytes of its batches, one behind the other.
-    pub(super) fn take_bytes(&mut self) -> Bytes {
-        let mut bytes = std::mem::take(&mut self.bytes);
-        bytes.shrink_to_fit();
-        bytes.into()
+    /// Takes the bytes of its batches, one behind the other. What is left needs no more room than it has to.
+    pub(super) fn pack(&mut self) -> Bytes {
+        let (mut batches, mut bytes) = (std::mem::take(&mut self.batches), std::mem::take(&mut self.bytes));
+        let packed = Bytes::copy_from_slice(&bytes);
+        bytes.clear();
+        self.batches.reserve_exact(batches.len());
+        self.batches.append(&mut batches);
+        Room { batches, bytes }.give_back();
+        packed
     }
 }

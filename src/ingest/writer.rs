@@ -8,14 +8,20 @@
 //! After a failed commit it is not known what the store holds. The writer then forgets all that it had in memory, answers
 //! UNAVAILABLE, and takes nothing until the store has proved, on a new connection, that it takes a durable write.
 
-use super::{Ingest, Outcome, Reply, Run, Submitted, admission::Admission, metrics::IngestMetrics, run::RunBatch, stall::watched};
+use super::{
+    Ingest, Outcome, Reply, Run, Submitted,
+    admission::Admission,
+    metrics::IngestMetrics,
+    run::{Checked, RunBatch},
+    stall::watched,
+};
 use crate::{
     config::Config,
     error::Error,
     fleet::{ClockWatch, Device, Missing, MissingCause, Registry},
     limits::DeviceLimits,
-    live::{Latest, Publisher, Tail, TailEntry},
-    model::{BatchLimits, BatchReject, BatchSummary, CheckedBatch, Position, StreamId, Timestamp, batch::BatchSensors},
+    live::{EntryLatest, Latest, Publisher, Tail, TailEntry},
+    model::{BatchLimits, BatchReject, BatchSummary, Position, StreamId, Timestamp},
     store::{DeviceKey, NewLogRow, NewRejection, SensorRow, Store, StoreError, StreamChange, StreamRow, WriteTx},
     telemetry::{Metrics, Readiness, Sparing},
 };
@@ -357,11 +363,11 @@ impl Writer {
         run: &Run,
         batch: &RunBatch,
     ) -> Result<Result<BatchSummary, BatchReject>, StoreError> {
-        let CheckedBatch { summary, sensors } = match &batch.checked {
+        let Checked { summary, new_sensors } = match &batch.checked {
             Ok(checked) => checked,
-            Err(reject) => return Ok(Err(reject.clone())),
+            Err(reject) => return Ok(Err(reject.as_ref().clone())),
         };
-        let BatchSensors::New(sensors) = sensors else { return Ok(Ok(*summary)) };
+        let Some(sensors) = new_sensors else { return Ok(Ok(*summary)) };
         loop {
             let staged = group.sensors.get(&run.device.key).map_or(&group.no_sensors, |staged| &staged.rows);
             let changes = match run.device.judge(sensors, summary.readings, staged, self.sensors_max, run.receive_time) {
@@ -411,9 +417,8 @@ impl Writer {
                 continue;
             }
             let run = &mut runs[entry.run];
-            for batch in &mut run.batches[entry.batches.clone()] {
-                latest.push((position, run.device.clone(), batch.take_sensors()));
-            }
+            let readings = run.take_latest(&entry.batches).map_or_else(|| EntryLatest::In(row.batch.clone()), EntryLatest::Found);
+            latest.push((position, run.device.clone(), readings));
             tail.push(TailEntry {
                 position,
                 device: run.device.clone(),
@@ -422,7 +427,9 @@ impl Writer {
                 batch: row.batch,
             });
         }
-        self.latest.add(latest);
+        if let Err(error) = self.latest.add(latest) {
+            tracing::error!(error = &error as &dyn std::error::Error, "latest.not_known: what was stored is not among the latest values");
+        }
         // Before the acknowledgements: who was told that a batch is stored, and follows, must find it.
         turn.publish(tail);
         for (reply, decision) in replies.into_iter().zip(group.decisions) {

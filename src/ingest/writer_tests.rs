@@ -7,7 +7,7 @@ use crate::{
     fleet::Registry,
     ingest::rules::{Content, Running, STREAMS, Sent, Step, batch, check},
     live::tail::TailRead,
-    model::{DeviceId, Timestamp},
+    model::{CheckedBatch, DeviceId, Timestamp, batch::BatchSensors},
     store::test_databases,
 };
 use proptest::prelude::*;
@@ -32,6 +32,7 @@ async fn what_a_commit_of_unknown_outcome_stored_is_told_when_the_store_is_back(
     let registry = Registry::new(store.clone(), true, 10);
     let device = registry.get_or_register(&DeviceId::parse("pump-1").expect("good")).await.expect("registered");
     let tail = Arc::new(Tail::new(Position(0), 1 << 20));
+    let _somebody_follows = tail.head();
     let latest = Arc::new(Latest::load(&store, &registry).await.expect("read"));
     let readiness = Readiness::starting(&[]);
     let (_, writer) = writer(&config, store.clone(), registry, tail.clone(), latest.clone(), &Metrics::new(), readiness);

@@ -4,13 +4,15 @@
 use crate::{
     fleet::{Device, Registry, Sensors},
     model::{
-        DeviceId, Position, Timestamp,
-        batch::{BatchSensors, LatestReading, decode_stored},
+        DeviceId, LatestReading, LatestReadings, Position, Timestamp,
+        batch::decode_stored,
         columns::{Value, Values},
+        latest::place_of,
     },
     pb,
     store::{DeviceKey, LatestRow, LogRow, SensorRow, Store, StoreError},
 };
+use bytes::Bytes;
 use parking_lot::Mutex;
 use prost::Message;
 use std::{
@@ -45,6 +47,14 @@ pub struct Latest {
 struct State {
     position: Position,
     devices: HashMap<DeviceKey, DeviceLatest>,
+}
+
+/// What a committed entry of the log has for the latest values.
+pub enum EntryLatest {
+    /// These readings.
+    Found(LatestReadings),
+    /// What is to be found in its batches. All of their sensors are in the registry: a batch's are, before the batch is anywhere.
+    In(Bytes),
 }
 
 /// The latest readings of a device as of one moment.
@@ -122,25 +132,22 @@ impl Latest {
         Ok(())
     }
 
-    /// Takes over committed batches with the positions of their entries, which must come in order.
-    pub fn add(&self, batches: impl IntoIterator<Item = (Position, Arc<Device>, BatchSensors)>) {
+    /// Takes over committed entries, whose positions must come in order. The error is of batches that cannot be read; all others are
+    /// taken over.
+    pub fn add(&self, entries: impl IntoIterator<Item = (Position, Arc<Device>, EntryLatest)>) -> Result<(), StoreError> {
+        let mut added = Ok(());
         let mut state = self.state.lock();
-        for (position, device, sensors) in batches {
+        for (position, device, latest) in entries {
             state.position = position;
-            match sensors {
-                BatchSensors::Known(latest) => state.add(&device, latest, position),
-                BatchSensors::New(sensors) => {
-                    // A batch's sensors are in the registry before the batch is anywhere.
-                    let known = device.sensors();
-                    let latest = sensors.into_iter().filter_map(|(name, used)| {
-                        let sensor_key = known.get(&name)?.key;
-                        let (time, clock_correction) = (used.latest_time, used.latest_clock_correction);
-                        Some(LatestReading { sensor_key, time, clock_correction, value: used.latest_value })
-                    });
-                    state.add(&device, latest, position);
-                }
+            match latest {
+                EntryLatest::Found(latest) => state.add(&device, latest, position),
+                EntryLatest::In(batch) => match stored_readings(&device, batch) {
+                    Ok((latest, _)) => state.add(&device, latest, position),
+                    Err(error) => added = Err(error),
+                },
             }
         }
+        added
     }
 
     /// The latest readings of the devices that are `wanted`, and the position that they are as of.
@@ -225,9 +232,7 @@ impl State {
         let mut next = 0;
         for LatestReading { sensor_key, time, clock_correction, value } in latest {
             let reading = Reading { sensor_key, time, clock_correction, value, position };
-            // Batches name their sensors mostly in the order of these.
-            let is_next = readings.get(next).is_some_and(|reading| reading.sensor_key == sensor_key);
-            let found = if is_next { Ok(next) } else { readings.binary_search_by_key(&sensor_key, |reading| reading.sensor_key) };
+            let found = place_of(readings, |reading| reading.sensor_key, sensor_key, next);
             match found {
                 Ok(index) if readings[index].time > time => {}
                 Ok(index) => readings[index] = reading,
@@ -239,16 +244,14 @@ impl State {
 }
 
 /// The latest reading of each column of a stored entry whose sensor is known, and whether all are.
-fn stored_readings(device: &Device, batch: bytes::Bytes) -> Result<(Vec<LatestReading>, bool), StoreError> {
+fn stored_readings(device: &Device, batch: Bytes) -> Result<(Vec<LatestReading>, bool), StoreError> {
     let columns = decode_stored(batch, |_| true).map_err(|why| StoreError::Damaged(format!("a batch of {}: {why}", device.id)))?;
     let known = device.sensors();
     let whole = columns.iter().all(|column| known.get(&column.sensor).is_some());
     let readings = columns.into_iter().filter_map(|column| {
-        // The last row of the latest time, as when the batch came in.
-        let (row, &time) = column.times.iter().enumerate().max_by_key(|(_, time)| **time)?;
+        let (time, value) = column.latest()?;
         let sensor_key = known.get(&column.sensor)?.key;
-        let (time, clock_correction) = (Timestamp::from_micros(time)?, column.clock_correction);
-        Some(LatestReading { sensor_key, time, clock_correction, value: column.values.get(row)? })
+        Some(LatestReading { sensor_key, time, clock_correction: column.clock_correction, value })
     });
     Ok((readings.collect(), whole))
 }

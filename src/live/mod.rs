@@ -6,7 +6,7 @@ pub mod publisher;
 pub mod tail;
 
 pub use follower::{Filter, Follower, Item, Start};
-pub use latest::{DeviceLatest, Latest};
+pub use latest::{DeviceLatest, EntryLatest, Latest};
 pub use publisher::Publisher;
 pub use tail::{Tail, TailEntry};
 

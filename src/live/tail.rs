@@ -1,4 +1,4 @@
-//! The end of the log in memory.
+//! The end of the log in memory, while somebody follows.
 //!
 //! The writer puts each committed batch here and never waits for a reader. A follower keeps a position of its own: as long
 //! as the tail reaches back to it, it reads here; when it has fallen behind, it reads the store until it is back. So a
@@ -80,7 +80,9 @@ impl Tail {
                 state.appended_bytes += entry.batch.len() as u64;
                 state.entries.push_back(entry);
             }
-            while state.bytes > self.bytes_max
+            // One that comes later reads the store up to here.
+            let bytes_max = if self.head.receiver_count() > 0 { self.bytes_max } else { 0 };
+            while state.bytes > bytes_max
                 && let Some(oldest) = state.entries.pop_front()
             {
                 state.bytes -= oldest.cost_bytes();

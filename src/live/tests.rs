@@ -1,12 +1,12 @@
 //! Followers and the latest values on a store of their own, without a gateway around them.
 
-use super::{Filter, Follower, Item, Latest, Start, Tail, TailEntry, follower::Sources};
+use super::{EntryLatest, Filter, Follower, Item, Latest, Start, Tail, TailEntry, follower::Sources};
 use crate::{
     config::Config,
     error::{Error, Failure},
     fleet::{Device, Registry},
     model::{
-        BatchSummary, CheckedBatch, DeviceId, Position, Timestamp, ValueKind,
+        BatchSummary, CheckedBatch, DeviceId, LatestReadings, Position, Timestamp, ValueKind,
         batch::{BatchLimits, BatchSensors, decode_stored},
         columns::Values,
     },
@@ -95,7 +95,7 @@ fn batch(sensors: &[String], seconds: i64, value: f64) -> Bytes {
     pb::Batch { frames: vec![frame] }.encode_to_vec().into()
 }
 
-fn sensors_of(device: &Device, batch: Bytes) -> BatchSensors {
+fn latest_of(device: &Device, batch: Bytes) -> EntryLatest {
     let limits = BatchLimits {
         bytes_max: 1 << 20,
         readings_max: 100_000,
@@ -103,12 +103,16 @@ fn sensors_of(device: &Device, batch: Bytes) -> BatchSensors {
         time_skew_max: Duration::ZERO,
         reading_age_max: Duration::ZERO,
     };
-    CheckedBatch::check(&batch, &limits, Timestamp::now(), device.sensors().finder()).expect("good").sensors
+    let checked = CheckedBatch::check(&batch, &limits, Timestamp::now(), device.sensors().finder()).expect("good");
+    let BatchSensors::Known(next) = checked.sensors else { panic!("the device has all of them") };
+    let mut latest = LatestReadings::default();
+    latest.absorb(next);
+    EntryLatest::Found(latest)
 }
 
 /// A batch was committed at a position.
 fn add(latest: &Latest, position: i64, device: &Arc<Device>, batch: Bytes) {
-    latest.add([(Position(position), device.clone(), sensors_of(device, batch))]);
+    latest.add([(Position(position), device.clone(), latest_of(device, batch))]).expect("readable");
 }
 
 fn names(count: usize) -> Vec<String> {
@@ -142,6 +146,7 @@ async fn a_replay_of_which_nothing_is_wanted_has_heartbeats_that_move_on() {
     let end = positions[299];
     let in_store = Tail::new(end, 1 << 20);
     let in_memory = Tail::new(Position(0), 1 << 20);
+    let _somebody_follows = in_memory.head();
     in_memory.publish(positions.iter().map(|&position| TailEntry {
         position,
         device: device.clone(),
@@ -164,6 +169,42 @@ async fn a_replay_of_which_nothing_is_wanted_has_heartbeats_that_move_on() {
             .collect();
         assert!(tokens.len() > 1 && tokens[0] < end && tokens.is_sorted_by(|a, b| a < b), "{tokens:?}");
     }
+}
+
+#[tokio::test]
+async fn without_a_follower_nothing_is_kept_in_memory_and_the_next_one_misses_nothing() {
+    let fixture = Fixture::open().await;
+    let device = fixture.device("pump-1", &[]).await;
+    let batch = batch(&names(1), 1, 1.0);
+    let positions = fixture.append(&device, &vec![batch.clone(); 6]).await;
+    let sources = fixture.sources(Tail::new(Position(positions[0].0 - 1), 1 << 20));
+    let tail = sources.tail.clone();
+    let publish = |positions: &[Position]| {
+        tail.publish(positions.iter().map(|&position| TailEntry {
+            position,
+            device: device.clone(),
+            receive_time: Timestamp::now(),
+            batches: 1,
+            batch: batch.clone(),
+        }));
+    };
+    publish(&positions[..2]);
+    assert_eq!(tail.begins_after(), positions[1], "nobody follows");
+    let mut follower = Follower::new(sources, Filter::default(), Start::Beginning, Duration::from_secs(60)).await.expect("begun");
+    publish(&positions[2..4]);
+    assert_eq!(tail.begins_after(), positions[1], "somebody follows");
+    let mut shown = Vec::new();
+    while shown.len() < 4 {
+        match follower.next().await.expect("no error") {
+            Item::Readings { position, .. } => shown.push(position),
+            Item::Synced(_) => {}
+            other => panic!("neither readings nor their end: {other:?}"),
+        }
+    }
+    assert_eq!(shown, positions[..4]);
+    drop(follower);
+    publish(&positions[4..]);
+    assert_eq!(tail.begins_after(), positions[5], "nobody follows any more");
 }
 
 #[tokio::test]

@@ -8,6 +8,7 @@ use super::{
     Timestamp, ValueKind,
     columns::{Value, Values, times_from_deltas},
     ids::quoted,
+    latest::LatestReading,
     scan::{self, Unusual},
     units::UNIT_BYTES_MAX,
 };
@@ -101,12 +102,6 @@ pub struct SensorUse {
     pub non_finite: Option<String>,
     /// The path of its first column.
     pub field: String,
-    /// The time of its latest reading.
-    pub latest_time: Timestamp,
-    /// What the gateway has added to that, microseconds; 0: nothing.
-    pub latest_clock_correction: i64,
-    /// Its latest reading: of several at that time the last in the batch.
-    pub latest_value: Value,
 }
 
 /// A sensor that the device has, of the kind and the unit that a column says.
@@ -116,19 +111,6 @@ pub struct KnownSensor {
     pub key: i64,
     /// Whether NaN and the infinities are stored.
     pub allow_non_finite: bool,
-}
-
-/// A sensor's latest reading in a batch: of several at that time the last.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LatestReading {
-    /// The sensor's number in the store.
-    pub sensor_key: i64,
-    /// The reading's time.
-    pub time: Timestamp,
-    /// What the gateway has added to it, microseconds; 0: nothing.
-    pub clock_correction: i64,
-    /// Its value.
-    pub value: Value,
 }
 
 /// The sensors of a batch.
@@ -354,12 +336,10 @@ fn check_decoded(
         if frame.columns.is_empty() {
             return Err(reject(RejectReason::Empty, path, "the frame has no columns"));
         }
-        let (times, first, last) = check_times(&frame, &path, earliest_allowed, latest_allowed)?;
+        let (rows, first, last) = check_times(&frame, &path, earliest_allowed, latest_allowed)?;
         let (earliest, latest) = extent.unwrap_or((first, last));
         extent = Some((earliest.min(first), latest.max(last)));
-        let row = times.iter().rposition(|&time| time == last.micros()).unwrap_or(times.len() - 1);
-        let newest = Newest { row, time: last, clock_correction: frame.clock_correction_us };
-        check_columns(frame.columns, &path, &times, newest, &mut sensors)?;
+        check_columns(frame.columns, &path, rows, &mut sensors)?;
         // Here already, and not only with the device's other sensors: what the check gathers is bounded by it.
         if sensors.len() > limits.sensors_max {
             let message = format!("{} sensors up to here: a device may have {} (devices.sensors_max)", sensors.len(), limits.sensors_max);
@@ -373,13 +353,13 @@ fn check_decoded(
     Ok((BatchSummary { readings, first_time, last_time }, sensors))
 }
 
-/// The frame's times in microseconds, the earliest and the latest of them.
+/// How many times the frame has, the earliest and the latest of them.
 fn check_times(
     frame: &pb::Frame,
     path: &str,
     earliest_allowed: Timestamp,
     latest_allowed: Timestamp,
-) -> Result<(Vec<i64>, Timestamp, Timestamp), BatchReject> {
+) -> Result<(usize, Timestamp, Timestamp), BatchReject> {
     let out_of_range = || reject(RejectReason::TimeTooOld, path, "a time is outside of the years 0001 to 9999");
     let times = times_from_deltas(frame.base_time_us, &frame.time_deltas_us).ok_or_else(out_of_range)?;
     let (mut first, mut last) = (times[0], times[0]);
@@ -407,22 +387,13 @@ fn check_times(
             format!("the time {first} is before {earliest_allowed}, the earliest that is taken now"),
         ));
     }
-    Ok((times, first, last))
-}
-
-/// The last row of a frame that has its latest time.
-#[derive(Clone, Copy)]
-struct Newest {
-    row: usize,
-    time: Timestamp,
-    clock_correction: i64,
+    Ok((times.len(), first, last))
 }
 
 fn check_columns(
     columns: Vec<pb::Column>,
     frame_path: &str,
-    times: &[i64],
-    newest: Newest,
+    rows: usize,
     sensors: &mut BTreeMap<String, SensorUse>,
 ) -> Result<(), BatchReject> {
     let mut names: Vec<String> = Vec::with_capacity(columns.len());
@@ -434,13 +405,13 @@ fn check_columns(
             Some(values) => values.into(),
             None => return Err(reject(RejectReason::Empty, path, format!("the column of {} has no values", quoted(&column.sensor)))),
         };
-        if values.len() != times.len() {
-            let message = format!("the column of {} has {} values for {} times", quoted(&column.sensor), values.len(), times.len());
+        if values.len() != rows {
+            let message = format!("the column of {} has {} values for {rows} times", quoted(&column.sensor), values.len());
             return Err(reject(RejectReason::LengthMismatch, path, message));
         }
         check_text(&values, &path)?;
         names.push(column.sensor.clone());
-        add_use(sensors, column.sensor, column.unit, values, path, newest)?;
+        add_use(sensors, column.sensor, column.unit, &values, path)?;
     }
     names.sort_unstable();
     match names.windows(2).find(|pair| pair[0] == pair[1]) {
@@ -453,18 +424,16 @@ fn add_use(
     sensors: &mut BTreeMap<String, SensorUse>,
     sensor: String,
     unit: String,
-    values: Values,
+    values: &Values,
     field: String,
-    Newest { row, time: latest_time, clock_correction: latest_clock_correction }: Newest,
 ) -> Result<(), BatchReject> {
-    let non_finite = match &values {
+    let non_finite = match values {
         Values::Double(values) if values.iter().any(|value| !value.is_finite()) => Some(field.clone()),
         _ => None,
     };
-    let latest_value = values.get(row).expect("a column is as long as its frame's times");
     let kind = values.kind();
     let Some(earlier) = sensors.get_mut(&sensor) else {
-        sensors.insert(sensor, SensorUse { unit, kind, non_finite, field, latest_time, latest_clock_correction, latest_value });
+        sensors.insert(sensor, SensorUse { unit, kind, non_finite, field });
         return Ok(());
     };
     if earlier.kind != kind {
@@ -480,10 +449,6 @@ fn add_use(
     }
     if earlier.non_finite.is_none() {
         earlier.non_finite = non_finite;
-    }
-    if latest_time >= earlier.latest_time {
-        (earlier.latest_time, earlier.latest_clock_correction) = (latest_time, latest_clock_correction);
-        earlier.latest_value = latest_value;
     }
     Ok(())
 }
@@ -535,6 +500,12 @@ impl DecodedColumn {
     /// Whether there is a value for each time.
     pub fn is_whole(&self) -> bool {
         self.times.len() == self.values.len()
+    }
+
+    /// Its latest reading: of several at that time the last.
+    pub fn latest(&self) -> Option<(Timestamp, Value)> {
+        let (row, &time) = self.times.iter().enumerate().max_by_key(|(_, time)| **time)?;
+        Some((Timestamp::from_micros(time)?, self.values.get(row)?))
     }
 }
 

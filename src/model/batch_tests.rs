@@ -45,16 +45,24 @@ fn a_good_batch_is_summed_up() {
         ),
         frame(NOW + 10, &[], vec![column("t", "", Values::Double(vec![4.0]))]),
     ];
+    let bytes: Bytes = pb::Batch { frames: frames.clone() }.encode_to_vec().into();
     let checked = check(frames).expect("good");
     assert_eq!(checked.summary.readings, 7);
     assert_eq!((checked.summary.first_time.micros(), checked.summary.last_time.micros()), (NOW - 10, NOW + 10));
     let t = &new_sensors(&checked)["t"];
-    assert_eq!(
-        (t.unit.as_str(), t.kind, &t.latest_value),
-        ("Cel", ValueKind::Double, &Value::Double(4.0)),
-        "of one time the later in the batch"
-    );
-    assert_eq!(new_sensors(&checked)["n"].latest_value, Value::Int64(2), "the latest time, not the last row");
+    assert_eq!((t.unit.as_str(), t.kind), ("Cel", ValueKind::Double));
+
+    // The device has them.
+    let known = |column: &scan::Column<'_>| Some(KnownSensor { key: i64::from(column.sensor == b"t"), allow_non_finite: false });
+    let checked = CheckedBatch::check(&bytes, &limits(), Timestamp::from_micros(NOW).expect("in range"), known).expect("good");
+    let BatchSensors::Known(latest) = checked.sensors else { panic!("the device has all sensors") };
+    let value_of = |key| latest.iter().find(|reading| reading.sensor_key == key).map(|reading| (reading.time.micros(), &reading.value));
+    assert_eq!(value_of(1), Some((NOW + 10, &Value::Double(4.0))), "of one time the later in the batch");
+    assert_eq!(value_of(0), Some((NOW + 10, &Value::Int64(2))), "the latest time, not the last row");
+    let columns = decode_stored(bytes, |_| true).expect("it was decoded before");
+    let read = columns.iter().map(|column| column.latest().map(|(time, value)| (column.sensor.as_str(), time.micros(), value)));
+    let expected = [("t", Value::Double(2.0)), ("n", Value::Int64(2)), ("t", Value::Double(4.0))];
+    assert!(read.eq(expected.map(|(sensor, value)| Some((sensor, NOW + 10, value)))), "what is stored says the same");
 }
 
 #[test]
@@ -233,13 +241,13 @@ mod in_place {
             match (decoded, in_place) {
                 (Ok(decoded), Ok((summary, found))) => {
                     prop_assert_eq!(decoded.summary, summary);
-                    let uses = new_sensors(&decoded).iter().map(|(name, used)| LatestReading {
-                        sensor_key: key(name, used.kind),
-                        time: used.latest_time,
-                        clock_correction: used.latest_clock_correction,
-                        value: used.latest_value.clone(),
+                    let columns = decode_stored(bytes, |_| true).expect("it was decoded before");
+                    let read = columns.iter().map(|column| {
+                        let (time, value) = column.latest().expect("it has a reading");
+                        let sensor_key = key(&column.sensor, column.values.kind());
+                        LatestReading { sensor_key, time, clock_correction: column.clock_correction, value }
                     });
-                    prop_assert_eq!(latest(uses), latest(found));
+                    prop_assert_eq!(latest(read), latest(found));
                 }
                 // Whether infinities are allowed the decoded check leaves to the registry.
                 (Ok(decoded), Err(Unusual)) => {

@@ -7,6 +7,7 @@ pub mod columns;
 pub mod correction;
 pub mod ids;
 pub mod labels;
+pub mod latest;
 pub mod scan;
 pub mod structs;
 pub mod time;
@@ -15,6 +16,7 @@ pub mod units;
 pub use batch::{BatchLimits, BatchReject, BatchSummary, CheckedBatch};
 pub use ids::{DeviceId, StreamId};
 pub use labels::{LabelSelector, Labels};
+pub use latest::{LatestReading, LatestReadings};
 pub use time::Timestamp;
 
 /// A batch's place in the log: strictly increasing in the order of commits. Clients see it only inside opaque tokens.
