@@ -11,7 +11,7 @@ use crate::{
     auth::Caller,
     error::{Error, Failure, Violations},
     fleet::{ClockWatch, Configs, Device, Exchange, Registry},
-    ingest::{Envelope, Expected, Ingest, Outcome, Reply, hold_back},
+    ingest::{Envelope, Ingest, Lane, Outcome, Reply, hold_back},
     limits::OpenCall,
     middleware::Draining,
     model::{DeviceId, StreamId, Timestamp, structs},
@@ -70,7 +70,7 @@ struct Link<'a> {
     api: &'a DeviceLinkApi,
     device: Arc<Device>,
     stream_id: Option<StreamId>,
-    expected: Expected,
+    lane: Lane,
     pending: FuturesOrdered<BoxFuture<'static, Result<Vec<Reply>, Error>>>,
     unacknowledged: usize,
     // The sequence that was last asked for: pipelined batches behind a hole all miss the same one, which is told once.
@@ -129,7 +129,7 @@ impl<'a> Link<'a> {
             api,
             device,
             stream_id,
-            expected: Expected::default(),
+            lane: Lane::default(),
             pending: FuturesOrdered::new(),
             unacknowledged: 0,
             gap_told: None,
@@ -242,7 +242,7 @@ impl<'a> Link<'a> {
         let mut run = loop {
             tokio::select! {
                 biased;
-                run = self.api.ingest.begin(&self.device, stream_id, self.expected, first.clone()) => break run?,
+                run = self.api.ingest.begin(&self.device, stream_id, self.lane, first.clone()) => break run?,
                 // One with a backlog may wait for its turn for long, and its device for what it handed in before.
                 Some(replies) = self.pending.next() => self.acknowledge(replies).await?,
             }
@@ -272,7 +272,7 @@ impl<'a> Link<'a> {
                 None => break,
             }
         }
-        self.expected = self.api.ingest.expected_behind(&run);
+        self.lane = self.api.ingest.lane_behind(&run);
         let pending = self.api.ingest.submit(run).await?;
         self.unacknowledged += pending.batches;
         self.pending.push_back(pending.replies().boxed());

@@ -5,7 +5,7 @@ use crate::{
     auth::Caller,
     error::{Error, Failure, Violations},
     fleet::{Device, Registry},
-    ingest::{Envelope, Expected, Ingest, Outcome, Pending, Reply, SEQUENCE_MAX, hold_back},
+    ingest::{Envelope, Ingest, Lane, Outcome, Pending, Reply, SEQUENCE_MAX, hold_back},
     middleware::Draining,
     model::{BatchReject, DeviceId, StreamId, Timestamp, batch::RejectReason},
     pb::{self, telemetry_service_server::TelemetryService},
@@ -50,7 +50,7 @@ impl TelemetryService for TelemetryApi {
         let device = Box::pin(self.registry.get_or_register(&device)).await?;
         device.see(Timestamp::now());
         let _open = self.ingest.open(&device)?;
-        let mut upload = Upload { device, stream_id, expected: Expected::default(), last: 0, summary: Summary::default() };
+        let mut upload = Upload { device, stream_id, lane: Lane::default(), last: 0, summary: Summary::default() };
         let mut pending = FuturesOrdered::new();
         let (mut next, mut open, mut unacknowledged) = (Some(envelope(first)), true, 0);
         let (mut held, mut refused) = (false, None);
@@ -168,7 +168,7 @@ struct Gathered {
 struct Upload {
     device: Arc<Device>,
     stream_id: StreamId,
-    expected: Expected,
+    lane: Lane,
     last: u64,
     summary: Summary,
 }
@@ -194,7 +194,7 @@ impl Upload {
         room: usize,
         inbound: &mut Streaming<pb::UploadRequest>,
     ) -> Result<Gathered, Error> {
-        let mut run = ingest.begin(&self.device, self.stream_id, self.expected, first).await?;
+        let mut run = ingest.begin(&self.device, self.stream_id, self.lane, first).await?;
         let (mut left, mut ended) = (None, Ok(false));
         while left.is_none() && run.len() < room && !run.is_full() {
             match inbound.message().now_or_never() {
@@ -210,7 +210,7 @@ impl Upload {
                 break;
             }
         }
-        self.expected = ingest.expected_behind(&run);
+        self.lane = ingest.lane_behind(&run);
         Ok(Gathered { submitted: ingest.submit(run).await?, left, ended })
     }
 

@@ -63,10 +63,10 @@ impl Default for Config {
                 readers: 4,
             },
             ingest: Ingest {
-                pending_bytes_max: 16 * MIB,
+                pending_bytes_max: 24 * MIB,
                 backlog_age: Duration::from_secs(300),
                 backlog_bytes_max: MIB / 16,
-                commit_batches_max: 4_000,
+                commit_batches_max: 8_000,
                 batch_bytes_max: MIB,
                 batch_readings_max: 100_000,
                 unacknowledged_batches_max: 256,

@@ -452,7 +452,7 @@ pub static SETTINGS: &[Setting] = &[
     setting(
         "live.tail_bytes_max",
         Allowed::Bytes(64 * KIB..=16 * GIB),
-        "How much of the log's end is kept in memory for followers; slower ones read the database.",
+        "How much of the log's end is kept in memory while somebody follows; slower followers read the database.",
     ),
     setting(
         "live.replay_window",
