@@ -341,7 +341,7 @@ pub static SETTINGS: &[Setting] = &[
     setting(
         "ingest.pending_bytes_max",
         Allowed::Bytes(64 * KIB..=64 * GIB),
-        "How many bytes of batches may wait for their commit; at the limit the gateway stops reading uploads (HTTP/2 flow control).",
+        "How many bytes of batches may wait for their commit, each counted with 256 bytes or 1 KiB more; at the limit the gateway stops reading uploads (HTTP/2 flow control).",
     ),
     setting(
         "ingest.backlog_age",

@@ -27,9 +27,10 @@ use std::{
 };
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-/// What a run costs besides its batches' bytes, with the first of them and the latest readings of all.
+/// What a run costs besides its batches' bytes, with the first of them and the latest readings of a dozen sensors; and each further batch
+/// with sensors that are new, of which more is kept.
 const RUN_OVERHEAD_BYTES: usize = 1024;
-/// What each further batch of a run costs besides its bytes.
+/// What each further batch of a run costs besides its bytes, when the device is known to have its sensors.
 const BATCH_OVERHEAD_BYTES: usize = 256;
 /// With how much more each batch is counted in the backlog's lane: small ones cost processor time.
 const BACKLOG_OVERHEAD_BYTES: usize = 1024;
@@ -224,8 +225,9 @@ impl Admission {
         Ok(Permit { all: self.all.take(bytes + RUN_OVERHEAD_BYTES).await?, backlog })
     }
 
-    /// Admits a further batch, if that is possible without waiting.
-    pub fn admit_with(&self, permit: &mut Permit, bytes: usize) -> bool {
+    /// Admits a further batch, if that is possible without waiting; `as_known` says whether it is likely to have no new sensors.
+    pub fn admit_with(&self, permit: &mut Permit, bytes: usize, as_known: bool) -> bool {
+        let overhead = if as_known { BATCH_OVERHEAD_BYTES } else { RUN_OVERHEAD_BYTES };
         let part = match &permit.backlog {
             None => None,
             Some(_) => match self.backlog.budget.take_now(bytes + BACKLOG_OVERHEAD_BYTES) {
@@ -233,7 +235,7 @@ impl Admission {
                 taken => taken,
             },
         };
-        let Some(all) = self.all.take_now(bytes + BATCH_OVERHEAD_BYTES) else { return false };
+        let Some(all) = self.all.take_now(bytes + overhead) else { return false };
         permit.all.merge(all);
         if let (Some(held), Some(more)) = (&mut permit.backlog, part) {
             held.merge(more);
@@ -304,8 +306,8 @@ mod tests {
         drop(before);
         let mut first = first.await.expect("open");
         assert!((&mut second).now_or_never().is_none(), "it is not its turn");
-        assert!(admission.admit_with(&mut first, 1 << 10));
-        assert!(admission.admit_with(&mut first, 1 << 10));
+        assert!(admission.admit_with(&mut first, 1 << 10, true));
+        assert!(admission.admit_with(&mut first, 1 << 10, true));
         assert!((&mut second).now_or_never().is_none(), "there may be more");
         first.close();
         second.await.expect("open");
@@ -346,12 +348,13 @@ mod tests {
     async fn a_run_grows_only_by_what_both_budgets_have() {
         let admission = admission();
         let mut permit = admission.admit(Lane::Backlog, 7 << 10).now_or_never().expect("room").expect("open");
-        assert!(admission.admit_with(&mut permit, 7 << 10));
-        assert!(!admission.admit_with(&mut permit, 7 << 10));
+        assert!(admission.admit_with(&mut permit, 7 << 10, true));
+        assert!(!admission.admit_with(&mut permit, 7 << 10, true));
         let mut live = admission.admit(Lane::Live, 31 << 10).now_or_never().expect("room").expect("open");
-        assert!(!admission.admit_with(&mut live, 31 << 10));
+        assert!(!admission.admit_with(&mut live, 31 << 10, true));
         drop(permit);
-        assert!(admission.admit_with(&mut live, 31 << 10));
+        assert!(!admission.admit_with(&mut live, 32 << 10, false), "more is kept of one with new sensors");
+        assert!(admission.admit_with(&mut live, 31 << 10, true));
     }
 
     #[tokio::test]

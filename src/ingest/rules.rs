@@ -48,15 +48,20 @@ pub(crate) struct Sent {
 }
 
 /// The bytes of a batch.
+/// Two of a stream that follow one another may have the same times.
 pub(super) fn batch(sequence: u64, content: Content) -> Vec<u8> {
     let values = match content {
-        Content::Good => Values::Double(vec![sequence as f64, 0.5]),
+        Content::Good => Values::Double(vec![0.5, sequence as f64]),
         Content::WrongKind => Values::Bool(vec![true, false]),
         Content::Malformed => return vec![0xff; 4],
     };
     let column = pb::Column { sensor: "t".into(), unit: "Cel".into(), values: Some(values.into()) };
-    let frame =
-        pb::Frame { base_time_us: sequence as i64 * 1_000_000, time_deltas_us: vec![1_000], columns: vec![column], ..Default::default() };
+    let frame = pb::Frame {
+        base_time_us: (sequence / 2) as i64 * 1_000_000,
+        time_deltas_us: vec![1_000],
+        columns: vec![column],
+        ..Default::default()
+    };
     pb::Batch { frames: vec![frame] }.encode_to_vec()
 }
 

@@ -24,6 +24,8 @@ use std::{
 const BATCHES_MAX: usize = 256;
 /// As many bytes, after which no further batch is added.
 const BYTES_ENOUGH: usize = 64 << 10;
+/// How much a thread keeps for its next run. A single batch may be many times as large.
+const ROOM_BYTES_MAX: usize = 4 * BYTES_ENOUGH;
 
 /// A batch that is rejected for one of these is kept without a correction of its times, so that it is judged once more as it was sent. With
 /// any other reason it is a batch of which the gateway knows that it says no correction but the gateway's own. One without readings would only grow.
@@ -65,7 +67,7 @@ pub struct Run {
 }
 
 thread_local! {
-    // That of the thread's last run: it is large enough, and in the processor's cache.
+    // That of the thread's last run, which is mostly large enough and in the processor's cache.
     static ROOM: Cell<Room> = Cell::default();
 }
 
@@ -77,11 +79,12 @@ struct Room {
 }
 
 impl Room {
-    fn give_back(self) {
-        // A single batch may be many times as large.
-        if self.bytes.capacity() <= 4 * BYTES_ENOUGH {
-            ROOM.set(self);
+    fn give_back(mut self) {
+        if self.bytes.capacity() > ROOM_BYTES_MAX {
+            self.bytes = Vec::new();
         }
+        self.bytes.clear();
+        ROOM.set(self);
     }
 }
 
@@ -181,7 +184,7 @@ impl Ingest {
     pub fn add(&self, run: &mut Run, next: Envelope) -> Result<(), Envelope> {
         if run.is_full()
             || !self.device_limits.are_free(&run.device.usage)
-            || !self.admission.admit_with(&mut run.admitted, next.batch.len())
+            || !self.admission.admit_with(&mut run.admitted, next.batch.len(), run.latest.is_some())
         {
             return Err(next);
         }
@@ -310,7 +313,7 @@ impl Run {
     /// What a null sink says of it. The device has learnt its sensors, as with a gateway, so that the next batch is checked
     /// in the same way.
     pub(super) fn discard(self) -> Vec<Reply> {
-        let Self { device, mut batches, mut bytes, receive_time, .. } = self;
+        let Self { device, mut batches, bytes, receive_time, .. } = self;
         let replies = batches.drain(..).map(|batch| {
             let outcome = match &batch.checked {
                 Ok(checked) => Outcome::Stored { readings: u64::from(checked.summary.readings) },
@@ -325,7 +328,6 @@ impl Run {
             Reply { sequence: batch.sequence, outcome, durable_through: batch.sequence }
         });
         let replies = replies.collect();
-        bytes.clear();
         Room { batches, bytes }.give_back();
         replies
     }
@@ -339,10 +341,18 @@ impl Run {
     /// Takes the bytes of its batches, one behind the other. What is left needs no more room than it has to.
     pub(super) fn pack(&mut self) -> Bytes {
         let (mut batches, mut bytes) = (std::mem::take(&mut self.batches), std::mem::take(&mut self.bytes));
-        let packed = Bytes::copy_from_slice(&bytes);
-        bytes.clear();
         self.batches.reserve_exact(batches.len());
         self.batches.append(&mut batches);
+        if let Some(latest) = &mut self.latest {
+            latest.shrink_to_fit();
+        }
+        let packed = if bytes.capacity() > ROOM_BYTES_MAX {
+            let mut bytes = std::mem::take(&mut bytes);
+            bytes.shrink_to_fit();
+            bytes.into()
+        } else {
+            Bytes::copy_from_slice(&bytes)
+        };
         Room { batches, bytes }.give_back();
         packed
     }

@@ -5,7 +5,7 @@ use crate::{
     fleet::{Device, Registry, Sensors},
     model::{
         DeviceId, LatestReading, LatestReadings, Position, Timestamp,
-        batch::decode_stored,
+        batch::{decode_stored, latest_in_place},
         columns::{Value, Values},
         latest::place_of,
     },
@@ -136,16 +136,20 @@ impl Latest {
     /// taken over.
     pub fn add(&self, entries: impl IntoIterator<Item = (Position, Arc<Device>, EntryLatest)>) -> Result<(), StoreError> {
         let mut added = Ok(());
+        // Before the lock, for which others wait.
+        let mut found = |device: &Device, latest| match latest {
+            EntryLatest::Found(latest) => latest.into(),
+            EntryLatest::In(batch) => stored_readings(device, batch).map(|(latest, _)| latest).unwrap_or_else(|error| {
+                added = Err(error);
+                Vec::new()
+            }),
+        };
+        let entries = entries.into_iter().map(|(position, device, latest)| (position, found(&device, latest), device));
+        let entries: Vec<(Position, Vec<LatestReading>, Arc<Device>)> = entries.collect();
         let mut state = self.state.lock();
-        for (position, device, latest) in entries {
+        for (position, latest, device) in entries {
             state.position = position;
-            match latest {
-                EntryLatest::Found(latest) => state.add(&device, latest, position),
-                EntryLatest::In(batch) => match stored_readings(&device, batch) {
-                    Ok((latest, _)) => state.add(&device, latest, position),
-                    Err(error) => added = Err(error),
-                },
-            }
+            state.add(&device, latest, position);
         }
         added
     }
@@ -245,8 +249,11 @@ impl State {
 
 /// The latest reading of each column of a stored entry whose sensor is known, and whether all are.
 fn stored_readings(device: &Device, batch: Bytes) -> Result<(Vec<LatestReading>, bool), StoreError> {
-    let columns = decode_stored(batch, |_| true).map_err(|why| StoreError::Damaged(format!("a batch of {}: {why}", device.id)))?;
     let known = device.sensors();
+    if let Some(latest) = latest_in_place(&batch, known.finder()) {
+        return Ok((latest, true));
+    }
+    let columns = decode_stored(batch, |_| true).map_err(|why| StoreError::Damaged(format!("a batch of {}: {why}", device.id)))?;
     let whole = columns.iter().all(|column| known.get(&column.sensor).is_some());
     let readings = columns.into_iter().filter_map(|column| {
         let (time, value) = column.latest()?;

@@ -176,7 +176,7 @@ async fn without_a_follower_nothing_is_kept_in_memory_and_the_next_one_misses_no
     let fixture = Fixture::open().await;
     let device = fixture.device("pump-1", &[]).await;
     let batch = batch(&names(1), 1, 1.0);
-    let positions = fixture.append(&device, &vec![batch.clone(); 6]).await;
+    let mut positions = fixture.append(&device, &vec![batch.clone(); 2]).await;
     let sources = fixture.sources(Tail::new(Position(positions[0].0 - 1), 1 << 20));
     let tail = sources.tail.clone();
     let publish = |positions: &[Position]| {
@@ -191,18 +191,24 @@ async fn without_a_follower_nothing_is_kept_in_memory_and_the_next_one_misses_no
     publish(&positions[..2]);
     assert_eq!(tail.begins_after(), positions[1], "nobody follows");
     let mut follower = Follower::new(sources, Filter::default(), Start::Beginning, Duration::from_secs(60)).await.expect("begun");
-    publish(&positions[2..4]);
+    let position_of = |item| match item {
+        Item::Readings { position, .. } => position,
+        other => panic!("not readings: {other:?}"),
+    };
+    let (before, synced) = until_synced(&mut follower).await;
+    let mut shown: Vec<Position> = before.into_iter().map(position_of).collect();
+    assert_eq!((&shown[..], synced), (&positions[..], positions[1]), "from the store");
+    positions.extend(fixture.append(&device, &vec![batch.clone(); 2]).await);
+    publish(&positions[2..]);
     assert_eq!(tail.begins_after(), positions[1], "somebody follows");
-    let mut shown = Vec::new();
-    while shown.len() < 4 {
-        match follower.next().await.expect("no error") {
-            Item::Readings { position, .. } => shown.push(position),
-            Item::Synced(_) => {}
-            other => panic!("neither readings nor their end: {other:?}"),
-        }
-    }
-    assert_eq!(shown, positions[..4]);
+    // From the tail: the store has them no longer.
+    let mut tx = fixture.store.begin().await.expect("begun");
+    tx.prune_log(positions[3]).await.expect("pruned");
+    tx.commit().await.expect("committed");
+    shown.extend([follower.next().await, follower.next().await].map(|item| position_of(item.expect("no error"))));
+    assert_eq!(shown, positions);
     drop(follower);
+    positions.extend(fixture.append(&device, &vec![batch.clone(); 2]).await);
     publish(&positions[4..]);
     assert_eq!(tail.begins_after(), positions[5], "nobody follows any more");
 }

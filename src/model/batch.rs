@@ -250,6 +250,18 @@ fn check_in_place(
     Ok((summary, latest))
 }
 
+/// The latest reading of each sensor in a stored batch, read from the bytes as they are; `None` for a batch that is to be decoded.
+pub fn latest_in_place(bytes: &[u8], known: impl FnMut(&scan::Column<'_>) -> Option<KnownSensor>) -> Option<Vec<LatestReading>> {
+    let any = BatchLimits {
+        bytes_max: usize::MAX,
+        readings_max: usize::MAX,
+        sensors_max: usize::MAX,
+        time_skew_max: Duration::ZERO,
+        reading_age_max: Duration::ZERO,
+    };
+    check_in_place(bytes, true, &any, Timestamp::MAX, known).ok().map(|(_, latest)| latest)
+}
+
 /// Makes one of several readings of a sensor: the latest, of several at that time the last. `latest` has one of each sensor
 /// before `added`, and one of each from there on.
 fn fold(latest: &mut Vec<LatestReading>, added: usize) -> Result<(), Unusual> {

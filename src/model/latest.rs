@@ -35,25 +35,37 @@ impl LatestReadings {
             self.0 = next;
             return;
         }
-        let mut hint = 0;
+        let (mut hint, mut added) = (0, Vec::new());
         for reading in next {
-            let found = place_of(&self.0, |earlier| earlier.sensor_key, reading.sensor_key, hint);
-            hint = found.unwrap_or_else(|index| index) + 1;
-            match found {
-                Ok(index) if self.0[index].time > reading.time => {}
-                Ok(index) => self.0[index] = reading,
-                Err(index) => self.0.insert(index, reading),
+            match place_of(&self.0, |earlier| earlier.sensor_key, reading.sensor_key, hint) {
+                Ok(index) => {
+                    hint = index + 1;
+                    if self.0[index].time <= reading.time {
+                        self.0[index] = reading;
+                    }
+                }
+                Err(index) => {
+                    hint = index;
+                    added.push(reading);
+                }
             }
         }
+        if !added.is_empty() {
+            self.0.append(&mut added);
+            // Two that are in order, one behind the other, are what it is quick with.
+            self.0.sort_by_key(|reading| reading.sensor_key);
+        }
+    }
+
+    /// Takes no more room than it has to.
+    pub fn shrink_to_fit(&mut self) {
+        self.0.shrink_to_fit();
     }
 }
 
-impl IntoIterator for LatestReadings {
-    type Item = LatestReading;
-    type IntoIter = std::vec::IntoIter<LatestReading>;
-
-    fn into_iter(self) -> Self::IntoIter {
-        self.0.into_iter()
+impl From<LatestReadings> for Vec<LatestReading> {
+    fn from(latest: LatestReadings) -> Self {
+        latest.0
     }
 }
 
@@ -96,7 +108,7 @@ mod tests {
                 }
                 latest.absorb(next);
             }
-            prop_assert_eq!(latest.into_iter().collect::<Vec<_>>(), expected.into_values().collect::<Vec<_>>());
+            prop_assert_eq!(Vec::from(latest), expected.into_values().collect::<Vec<_>>());
         }
     }
 }

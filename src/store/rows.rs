@@ -1,6 +1,20 @@
 //! From a database's rows to the store's types: the same code for both databases, whose row types have no common one.
 
+use super::NewLogRow;
 use std::borrow::Cow;
+
+/// The rows in parts of about `bytes_enough` of batches: each ends with the row that reaches them.
+pub(super) fn log_parts(rows: &[NewLogRow], bytes_enough: usize) -> impl Iterator<Item = &[NewLogRow]> {
+    let mut bytes = 0;
+    rows.chunk_by(move |row, _| {
+        bytes += row.batch.len();
+        let goes_on = bytes < bytes_enough;
+        if !goes_on {
+            bytes = 0;
+        }
+        goes_on
+    })
+}
 
 /// Text as PostgreSQL takes it: it knows no NUL.
 pub(super) fn text(text: &str) -> Cow<'_, str> {
@@ -218,4 +232,34 @@ pub(super) use row_readers;
 /// A count as the databases keep it. Sequences and counts are checked to be below 2^63 where they come in.
 pub(super) fn as_integer(count: u64) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::log_parts;
+    use crate::{
+        model::{BatchSummary, Timestamp},
+        store::{DeviceKey, NewLogRow},
+    };
+
+    #[test]
+    fn parts_have_all_rows_in_order_and_end_with_the_one_that_fills_them() {
+        let now = Timestamp::now();
+        let summary = BatchSummary { readings: 1, first_time: now, last_time: now };
+        let row = |bytes: usize| NewLogRow {
+            device: DeviceKey(1),
+            stream_key: 1,
+            batches: 1,
+            last_sequence: 1,
+            receive_time: now,
+            summary,
+            batch: vec![0; bytes].into(),
+        };
+        let sizes = |sizes: &[usize]| {
+            let rows: Vec<NewLogRow> = sizes.iter().map(|&bytes| row(bytes)).collect();
+            log_parts(&rows, 10).map(|part| part.iter().map(|row| row.batch.len()).collect()).collect::<Vec<Vec<usize>>>()
+        };
+        assert!(sizes(&[]).is_empty());
+        assert_eq!(sizes(&[4, 4, 4, 1, 20, 9, 1, 5]), [vec![4, 4, 4], vec![1, 20], vec![9, 1], vec![5]]);
+    }
 }

@@ -9,7 +9,7 @@ use crate::{
     model::{Position, StreamId, Timestamp, batch::reason_name},
     store::{
         Count, DeadLetterRow, DeviceKey, LedgerRow, LogRow, LogSize, NewLogRow, NewRejection, StoreError, StreamChange, StreamRow,
-        rows::as_integer,
+        rows::{as_integer, log_parts},
     },
 };
 use futures_util::{TryStreamExt, stream::BoxStream};
@@ -71,20 +71,15 @@ impl PostgresTx<'_> {
 
     pub async fn append(&mut self, rows: &[NewLogRow]) -> Result<Position, StoreError> {
         let mut first = None;
-        let mut rest = rows;
-        while !rest.is_empty() {
-            let bytes_before = rest.iter().scan(0, |bytes, row| Some(std::mem::replace(bytes, *bytes + row.batch.len())));
-            let fitting = bytes_before.take_while(|&bytes| bytes < BYTES_PER_APPEND).count();
-            let (chunk, later) = rest.split_at(fitting);
-            let position = self.append_chunk(chunk).await?;
+        for part in log_parts(rows, BYTES_PER_APPEND) {
+            let position = self.append_part(part).await?;
             first.get_or_insert(position);
-            rest = later;
         }
         Ok(first.unwrap_or(Position(0)))
     }
 
     /// Takes positions, appends, and has the commit wake the other gateways: one round trip.
-    async fn append_chunk(&mut self, rows: &[NewLogRow]) -> Result<Position, StoreError> {
+    async fn append_part(&mut self, rows: &[NewLogRow]) -> Result<Position, StoreError> {
         let count = rows.len() as i64;
         let first: i64 = sqlx::query_scalar(
             "WITH head AS (UPDATE log_head SET position = position + $1 RETURNING position - $1 AS before), \

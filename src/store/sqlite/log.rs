@@ -8,13 +8,15 @@ use crate::{
     model::{Position, StreamId, Timestamp, batch::reason_name},
     store::{
         Count, DeadLetterRow, DeviceKey, LedgerRow, LogRow, LogSize, NewLogRow, NewRejection, StoreError, StreamChange, StreamRow,
-        rows::as_integer,
+        rows::{as_integer, log_parts},
     },
 };
 use futures_util::{TryStreamExt, stream::BoxStream};
 use sqlx::{AssertSqlSafe, Row, sqlite::SqliteRow};
 use std::collections::HashMap;
 
+/// About how many bytes of batches one statement appends: so many stay in the processor's cache while they are copied from hand to hand.
+const BYTES_PER_STATEMENT: usize = 256 << 10;
 /// How many streams a ledger shows.
 const LEDGER_STREAMS_MAX: usize = 100;
 
@@ -49,22 +51,26 @@ impl SqliteTx<'_> {
         let first = self.last_position().await? + 1;
         self.last_position = Some(first - 1 + rows.len() as i64);
         self.bytes += rows.iter().map(|row| row.batch.len()).sum::<usize>();
-        let numbered: Vec<(i64, &NewLogRow)> = (first..).zip(rows).collect();
         let head = "log (position, device_id, stream_key, sequence, receive_time, first_time, last_time, readings, batches, batch)";
-        self.insert_rows(head, 10, "", &numbered, |query, (position, row)| {
-            query
-                .bind(*position)
-                .bind(row.device.0)
-                .bind(row.stream_key)
-                .bind(as_integer(row.last_sequence))
-                .bind(row.receive_time.micros())
-                .bind(row.summary.first_time.micros())
-                .bind(row.summary.last_time.micros())
-                .bind(i64::from(row.summary.readings))
-                .bind(row.batches as i64)
-                .bind(row.batch.to_vec())
-        })
-        .await?;
+        let mut next = first;
+        for part in log_parts(rows, BYTES_PER_STATEMENT) {
+            let numbered: Vec<(i64, &NewLogRow)> = (next..).zip(part).collect();
+            next += part.len() as i64;
+            self.insert_rows(head, 10, "", &numbered, |query, (position, row)| {
+                query
+                    .bind(*position)
+                    .bind(row.device.0)
+                    .bind(row.stream_key)
+                    .bind(as_integer(row.last_sequence))
+                    .bind(row.receive_time.micros())
+                    .bind(row.summary.first_time.micros())
+                    .bind(row.summary.last_time.micros())
+                    .bind(i64::from(row.summary.readings))
+                    .bind(row.batches as i64)
+                    .bind(row.batch.to_vec())
+            })
+            .await?;
+        }
         Ok(Position(first))
     }
 

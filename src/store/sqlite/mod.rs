@@ -34,9 +34,8 @@ const WRITER_CACHE_KIB: &str = "-4096";
 const READER_CACHE_KIB: &str = "-2048";
 /// How many rows with little in them share a page, about.
 const ROWS_PER_PAGE: i64 = 200;
-/// How many rows one statement writes at the most: of the log's entries these are some hundred KiB, which stay in the processor's cache while
-/// they are copied from hand to hand.
-const ROWS_PER_STATEMENT: usize = 64;
+/// How many rows one statement writes at the most.
+const ROWS_PER_STATEMENT: usize = 512;
 
 type SqliteQuery<'q> = Query<'q, sqlx::Sqlite, SqliteArguments>;
 
