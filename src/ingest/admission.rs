@@ -353,8 +353,11 @@ mod tests {
         let mut live = admission.admit(Lane::Live, 31 << 10).now_or_never().expect("room").expect("open");
         assert!(!admission.admit_with(&mut live, 31 << 10, true));
         drop(permit);
-        assert!(!admission.admit_with(&mut live, 32 << 10, false), "more is kept of one with new sensors");
-        assert!(admission.admit_with(&mut live, 31 << 10, true));
+        // Half of the budget is left.
+        let most = (32 << 10) - BATCH_OVERHEAD_BYTES;
+        assert!(!admission.admit_with(&mut live, most, false), "more is kept of one with new sensors");
+        assert!(!admission.admit_with(&mut live, most + 1, true), "it is counted with more than its bytes");
+        assert!(admission.admit_with(&mut live, most, true));
     }
 
     #[tokio::test]
