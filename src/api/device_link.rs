@@ -169,7 +169,9 @@ impl<'a> Link<'a> {
                 },
                 None => None,
             };
+            let reads_on = self.unacknowledged < self.api.unacknowledged_max && self.api.ingest.reads_on(self.pending.len());
             if held_back.is_none()
+                && reads_on
                 && let Some(message) = next.take()
             {
                 let received;
@@ -180,7 +182,7 @@ impl<'a> Link<'a> {
                 continue;
             }
             tokio::select! {
-                message = inbound.message(), if open && next.is_none() && self.unacknowledged < self.api.unacknowledged_max => {
+                message = inbound.message(), if open && next.is_none() && reads_on => {
                     next = message?;
                     open = next.is_some();
                 }

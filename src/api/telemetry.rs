@@ -66,7 +66,9 @@ impl TelemetryService for TelemetryApi {
                 },
                 None => None,
             };
+            let reads_on = unacknowledged < self.unacknowledged_max && self.ingest.reads_on(pending.len());
             if held_back.is_none()
+                && reads_on
                 && let Some(first) = next.take()
             {
                 let room = self.unacknowledged_max.saturating_sub(unacknowledged);
@@ -80,7 +82,7 @@ impl TelemetryService for TelemetryApi {
                 continue;
             }
             tokio::select! {
-                message = inbound.message(), if open && next.is_none() && unacknowledged < self.unacknowledged_max => match message? {
+                message = inbound.message(), if open && next.is_none() && reads_on => match message? {
                     Some(message) => {
                         upload.check_same(&message)?;
                         next = Some(envelope(message));

@@ -10,6 +10,10 @@
 //! A narrow lane alone is not enough where the processors are what is scarce: as soon as a commit ends, the next bytes would come in. So
 //! beside live calls the lane rests: what was given out comes back only after four times as long as it was held, at most 100 ms, and
 //! the processors and the disk belong to live readings meanwhile.
+//!
+//! Where much waits for its commit already, a batch that is taken at once only waits longer, and takes memory meanwhile. Then a call has one
+//! run at a time: it reads on when that one is committed, and what has come by then goes together as the next one, which costs a good
+//! deal less than as many small ones. While little waits, calls read on at once, so that a single fast device does not wait for each commit.
 
 use super::run::Run;
 use crate::{
@@ -38,6 +42,8 @@ const BACKLOG_OVERHEAD_BYTES: usize = 1024;
 const REST: u32 = 4;
 /// How long it rests at the most: after a commit that took long for a reason of its own, a backlog need not stand still.
 const REST_MAX: Duration = Duration::from_millis(100);
+/// Of the whole budget the part beyond which it is crowded.
+const CROWDED_PART: usize = 4;
 /// After how long a call looks whether there is room though it is not its turn.
 const TURN_MAX: Duration = Duration::from_millis(if cfg!(test) { 20 } else { 1_000 });
 /// How long after the last live batch the lane still rests.
@@ -243,6 +249,11 @@ impl Admission {
         true
     }
 
+    /// Whether so much is on its way already that a call had better have one run at a time.
+    pub fn is_crowded(&self) -> bool {
+        self.all.bytes_max - self.all.free.available_permits() > self.all.bytes_max / CROWDED_PART
+    }
+
     /// How what comes in behind a run is admitted: by how old the newest of its readings was when it came in.
     pub fn lane_behind(&self, run: &Run) -> Lane {
         match run.newest_time() {
@@ -358,6 +369,18 @@ mod tests {
         assert!(!admission.admit_with(&mut live, most, false), "more is kept of one with new sensors");
         assert!(!admission.admit_with(&mut live, most + 1, true), "it is counted with more than its bytes");
         assert!(admission.admit_with(&mut live, most, true));
+    }
+
+    #[tokio::test]
+    async fn it_is_crowded_while_more_than_a_quarter_is_given_out() {
+        let admission = admission();
+        let quarter = admission.admit(Lane::Live, 15 << 10).now_or_never().expect("room").expect("open");
+        assert!(!admission.is_crowded());
+        let more = admission.admit(Lane::Live, 0).now_or_never().expect("room").expect("open");
+        assert!(admission.is_crowded());
+        drop(more);
+        assert!(!admission.is_crowded());
+        drop(quarter);
     }
 
     #[tokio::test]

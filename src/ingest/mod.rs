@@ -128,6 +128,11 @@ impl Ingest {
         Ok(Pending { batches, reply: receiver })
     }
 
+    /// Whether a call reads on while so many of its runs wait for their commit: where much waits, of the runs of others too, it has one at a time.
+    pub fn reads_on(&self, pending_runs: usize) -> bool {
+        pending_runs == 0 || !self.admission.is_crowded()
+    }
+
     /// Counts a call by which a device sends batches as open, while there may be one more.
     pub fn open(&self, device: &Device) -> Result<OpenCall, Error> {
         self.device_limits.open(&device.usage)
