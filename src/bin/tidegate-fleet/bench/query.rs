@@ -6,6 +6,7 @@ use super::{
     pool::{self, INTERVAL_US, Pool, Shape},
     process,
     report::median,
+    rest::pruned,
     server::{DataDir, Server},
     upload::{Uploaders, device_name},
 };
@@ -144,6 +145,8 @@ impl Gateway {
         let server = Server::start(&common.gateway(Store::Sqlite)?, data.path()).await?;
         let channels = call::connect(&server.endpoint()?, CONNECTIONS).await?;
         let readings = fill(&server, &channels, pool, readings, common.json).await?;
+        // What is measured is not what deleting takes of the processors.
+        pruned(&server).await?;
         Ok(Self { client: ReadingServiceClient::new(channels[0].clone()), readings, _server: server, data })
     }
 

@@ -90,14 +90,14 @@ async fn measure(store: Store, arguments: &Rest) -> anyhow::Result<Size> {
 }
 
 /// Waits until nothing of the log is left that can go.
-async fn pruned(server: &Server) -> anyhow::Result<()> {
+pub(super) async fn pruned(server: &Server) -> anyhow::Result<()> {
     let began = Instant::now();
     let mut ticks = tokio::time::interval(ASKED_INTERVAL);
     let (mut before, mut unchanged) = (None, 0);
     while unchanged < UNCHANGED_TIMES {
         ticks.tick().await;
         let now = (server.metric(PRUNED).await?, server.metric(STORED_BYTES).await?);
-        let settled = Some(now) == before && now.0 > Some(0.0) && server.metric(UNMERGED).await? == Some(0.0);
+        let settled = Some(now) == before && server.metric(UNMERGED).await? == Some(0.0);
         unchanged = if settled { unchanged + 1 } else { 0 };
         before = Some(now);
         if began.elapsed() > PRUNE_TIMEOUT {
