@@ -71,6 +71,8 @@ struct Link<'a> {
     device: Arc<Device>,
     stream_id: Option<StreamId>,
     lane: Lane,
+    // Whether the last run had.
+    small_batches: bool,
     pending: FuturesOrdered<BoxFuture<'static, Result<Vec<Reply>, Error>>>,
     unacknowledged: usize,
     // The sequence that was last asked for: pipelined batches behind a hole all miss the same one, which is told once.
@@ -130,6 +132,7 @@ impl<'a> Link<'a> {
             device,
             stream_id,
             lane: Lane::default(),
+            small_batches: true,
             pending: FuturesOrdered::new(),
             unacknowledged: 0,
             gap_told: None,
@@ -145,10 +148,7 @@ impl<'a> Link<'a> {
 
     /// How long a message has to wait, if it has to: a batch of a device that sends more than it may.
     fn held_back(&self, message: &pb::ConnectRequest, held: &mut bool) -> Result<Option<Duration>, Error> {
-        match &message.message {
-            Some(connect_request::Message::Batch(_)) => self.api.ingest.held_back(&self.device, held),
-            _ => Ok(None),
-        }
+        if is_batch(message) { self.api.ingest.held_back(&self.device, held) } else { Ok(None) }
     }
 
     async fn serve(&mut self, drain: &CancellationToken, inbound: &mut Streaming<pb::ConnectRequest>) -> Result<(), Status> {
@@ -158,8 +158,12 @@ impl<'a> Link<'a> {
         let mut drained = pin!(drain.cancelled());
         let (mut next, mut open, mut held, mut refused) = (None, true, false, None);
         while open || next.is_some() || !self.pending.is_empty() {
+            let room =
+                self.unacknowledged < self.api.unacknowledged_max && self.api.ingest.hands_in_more(self.pending.len(), self.small_batches);
+            // What is no batch goes through.
+            let waits = !room && next.as_ref().is_some_and(is_batch);
             let held_back = match &next {
-                Some(message) => match self.held_back(message, &mut held) {
+                Some(message) if !waits => match self.held_back(message, &mut held) {
                     Ok(held_back) => held_back,
                     Err(error) => {
                         // What was taken is acknowledged before the refusal.
@@ -167,11 +171,10 @@ impl<'a> Link<'a> {
                         continue;
                     }
                 },
-                None => None,
+                _ => None,
             };
-            let reads_on = self.unacknowledged < self.api.unacknowledged_max && self.api.ingest.reads_on(self.pending.len());
-            if held_back.is_none()
-                && reads_on
+            if !waits
+                && held_back.is_none()
                 && let Some(message) = next.take()
             {
                 let received;
@@ -182,7 +185,7 @@ impl<'a> Link<'a> {
                 continue;
             }
             tokio::select! {
-                message = inbound.message(), if open && next.is_none() && reads_on => {
+                message = inbound.message(), if open && next.is_none() && room => {
                     next = message?;
                     open = next.is_some();
                 }
@@ -274,7 +277,7 @@ impl<'a> Link<'a> {
                 None => break,
             }
         }
-        self.lane = self.api.ingest.lane_behind(&run);
+        (self.lane, self.small_batches) = (self.api.ingest.lane_behind(&run), run.has_small_batches());
         let pending = self.api.ingest.submit(run).await?;
         self.unacknowledged += pending.batches;
         self.pending.push_back(pending.replies().boxed());
@@ -389,6 +392,10 @@ fn reported_on(state: &ConfigStateRow, applied_revision: u64) -> Option<u64> {
     let known = reported.revision == state.desired_revision
         && (reported.outcome != ConfigOutcome::Applied || reported.revision == applied_revision);
     known.then_some(reported.revision)
+}
+
+fn is_batch(message: &pb::ConnectRequest) -> bool {
+    matches!(message.message, Some(connect_request::Message::Batch(_)))
 }
 
 fn parse_report(report: pb::ConfigReport) -> Result<ConfigReportRow, Error> {

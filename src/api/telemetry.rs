@@ -50,13 +50,14 @@ impl TelemetryService for TelemetryApi {
         let device = Box::pin(self.registry.get_or_register(&device)).await?;
         device.see(Timestamp::now());
         let _open = self.ingest.open(&device)?;
-        let mut upload = Upload { device, stream_id, lane: Lane::default(), last: 0, summary: Summary::default() };
+        let mut upload = Upload { device, stream_id, lane: Lane::default(), small_batches: true, last: 0, summary: Summary::default() };
         let mut pending = FuturesOrdered::new();
         let (mut next, mut open, mut unacknowledged) = (Some(envelope(first)), true, 0);
         let (mut held, mut refused) = (false, None);
         while open || next.is_some() || !pending.is_empty() {
+            let room = unacknowledged < self.unacknowledged_max && self.ingest.hands_in_more(pending.len(), upload.small_batches);
             let held_back = match &next {
-                Some(_) => match self.ingest.held_back(&upload.device, &mut held) {
+                Some(_) if room => match self.ingest.held_back(&upload.device, &mut held) {
                     Ok(held_back) => held_back,
                     Err(error) => {
                         // What was taken is committed, and told together with the refusal.
@@ -64,16 +65,15 @@ impl TelemetryService for TelemetryApi {
                         continue;
                     }
                 },
-                None => None,
+                _ => None,
             };
-            let reads_on = unacknowledged < self.unacknowledged_max && self.ingest.reads_on(pending.len());
-            if held_back.is_none()
-                && reads_on
+            if room
+                && held_back.is_none()
                 && let Some(first) = next.take()
             {
-                let room = self.unacknowledged_max.saturating_sub(unacknowledged);
+                let batches_max = self.unacknowledged_max - unacknowledged;
                 // A run is worth an allocation, which is little beside its commit.
-                let Gathered { submitted, left, ended } = Box::pin(upload.gather(&self.ingest, first, room, &mut inbound)).await?;
+                let Gathered { submitted, left, ended } = Box::pin(upload.gather(&self.ingest, first, batches_max, &mut inbound)).await?;
                 unacknowledged += submitted.batches;
                 pending.push_back(submitted.replies());
                 // What came in before is handed in all the same.
@@ -82,7 +82,7 @@ impl TelemetryService for TelemetryApi {
                 continue;
             }
             tokio::select! {
-                message = inbound.message(), if open && next.is_none() && reads_on => match message? {
+                message = inbound.message(), if open && next.is_none() && room => match message? {
                     Some(message) => {
                         upload.check_same(&message)?;
                         next = Some(envelope(message));
@@ -171,6 +171,8 @@ struct Upload {
     device: Arc<Device>,
     stream_id: StreamId,
     lane: Lane,
+    // Whether the last run had.
+    small_batches: bool,
     last: u64,
     summary: Summary,
 }
@@ -188,17 +190,17 @@ impl Upload {
         violations.into_result()
     }
 
-    /// Hands in a run of `first` and of what else has already come in, up to `room` batches.
+    /// Hands in a run of `first` and of what else has already come in, up to `batches_max` batches.
     async fn gather(
         &mut self,
         ingest: &Ingest,
         first: Envelope,
-        room: usize,
+        batches_max: usize,
         inbound: &mut Streaming<pb::UploadRequest>,
     ) -> Result<Gathered, Error> {
         let mut run = ingest.begin(&self.device, self.stream_id, self.lane, first).await?;
         let (mut left, mut ended) = (None, Ok(false));
-        while left.is_none() && run.len() < room && !run.is_full() {
+        while left.is_none() && run.len() < batches_max && !run.is_full() {
             match inbound.message().now_or_never() {
                 None => break,
                 Some(Ok(Some(message))) => match self.check_same(&message) {
@@ -212,7 +214,7 @@ impl Upload {
                 break;
             }
         }
-        self.lane = ingest.lane_behind(&run);
+        (self.lane, self.small_batches) = (ingest.lane_behind(&run), run.has_small_batches());
         Ok(Gathered { submitted: ingest.submit(run).await?, left, ended })
     }
 

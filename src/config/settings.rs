@@ -341,7 +341,7 @@ pub static SETTINGS: &[Setting] = &[
     setting(
         "ingest.pending_bytes_max",
         Allowed::Bytes(64 * KIB..=64 * GIB),
-        "How many bytes of batches may wait for their commit, each counted with 256 bytes or 1 KiB more; at the limit the gateway stops reading uploads (HTTP/2 flow control).",
+        "How many bytes of batches may wait for their commit, each counted with 256 bytes or 1 KiB more; at the limit the gateway stops reading uploads (HTTP/2 flow control), and from a quarter of it on a call with batches below 4 KiB reads on when what it sent is committed.",
     ),
     setting(
         "ingest.backlog_age",
@@ -371,7 +371,7 @@ pub static SETTINGS: &[Setting] = &[
     setting(
         "ingest.unacknowledged_batches_max",
         Allowed::Count(1..=10_000),
-        "How many batches of one call may wait for their commit before the gateway reads on.",
+        "How many batches of one call may wait for their commit at the most; while as many do, the call is not read from.",
     ),
     setting(
         "ingest.time_skew_max",

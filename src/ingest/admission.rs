@@ -11,9 +11,10 @@
 //! beside live calls the lane rests: what was given out comes back only after four times as long as it was held, at most 100 ms, and
 //! the processors and the disk belong to live readings meanwhile.
 //!
-//! Where much waits for its commit already, a batch that is taken at once only waits longer, and takes memory meanwhile. Then a call has one
-//! run at a time: it reads on when that one is committed, and what has come by then goes together as the next one, which costs a good
-//! deal less than as many small ones. While little waits, calls read on at once, so that a single fast device does not wait for each commit.
+//! Where much waits for its commit already, a small batch that is taken at once mostly waits longer, and takes memory meanwhile. Then a call with
+//! small batches has one run at a time: it reads on when that one is committed, and what has come by then goes together as the next one, which
+//! costs a good deal less than many runs of a few batches. While little waits, calls read on at once, so that a few fast devices do not wait for
+//! each commit.
 
 use super::run::Run;
 use crate::{
@@ -249,7 +250,7 @@ impl Admission {
         true
     }
 
-    /// Whether so much is on its way already that a call had better have one run at a time.
+    /// Whether so much is on its way already that a call with small batches had better have one run at a time.
     pub fn is_crowded(&self) -> bool {
         self.all.bytes_max - self.all.free.available_permits() > self.all.bytes_max / CROWDED_PART
     }

@@ -128,9 +128,10 @@ impl Ingest {
         Ok(Pending { batches, reply: receiver })
     }
 
-    /// Whether a call reads on while so many of its runs wait for their commit: where much waits, of the runs of others too, it has one at a time.
-    pub fn reads_on(&self, pending_runs: usize) -> bool {
-        pending_runs == 0 || !self.admission.is_crowded()
+    /// Whether a call hands in more while `pending_runs` of its runs wait for their commit. A call with small batches has one run at a time
+    /// where much waits already, of all calls together.
+    pub fn hands_in_more(&self, pending_runs: usize, small_batches: bool) -> bool {
+        pending_runs == 0 || !small_batches || !self.admission.is_crowded()
     }
 
     /// Counts a call by which a device sends batches as open, while there may be one more.

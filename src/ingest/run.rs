@@ -24,6 +24,8 @@ use std::{
 const BATCHES_MAX: usize = 256;
 /// As many bytes, after which no further batch is added.
 const BYTES_ENOUGH: usize = 64 << 10;
+/// Batches of fewer bytes, on average, cost more each by itself than together.
+const SMALL_BATCH_BYTES: usize = 4 << 10;
 /// How much a thread keeps for its next run. A single batch may be many times as large.
 const ROOM_BYTES_MAX: usize = 4 * BYTES_ENOUGH;
 
@@ -298,6 +300,11 @@ impl Run {
     /// Nothing more is added to it.
     pub(super) fn close(&self) {
         self.admitted.close();
+    }
+
+    /// Whether its batches are so small that what each costs besides its bytes is what counts.
+    pub fn has_small_batches(&self) -> bool {
+        self.bytes.len() < self.len() * SMALL_BATCH_BYTES
     }
 
     /// Whether its first batch leaves a gap.

@@ -5,7 +5,10 @@ use super::*;
 use crate::{
     config::Storage,
     fleet::Registry,
-    ingest::rules::{Content, Running, STREAMS, Sent, Step, batch, check},
+    ingest::{
+        Envelope, Lane,
+        rules::{Content, Running, STREAMS, Sent, Step, batch, check},
+    },
     live::tail::TailRead,
     model::{CheckedBatch, DeviceId, Timestamp, batch::BatchSensors},
     store::test_databases,
@@ -19,6 +22,37 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         .prop_map(|(stream, ahead, lost, content)| Sent { stream, ahead, lost, content });
     let step = prop_oneof![8 => prop::collection::vec(sent, 1..12).prop_map(Step::Send), 1 => Just(Step::Restart)];
     prop::collection::vec(step, 1..12)
+}
+
+/// Scenario: much waits for its commit. Guarantee: a call with small batches hands in nothing more until its own run is committed.
+#[tokio::test]
+async fn where_much_waits_a_call_with_small_batches_has_one_run_at_a_time() {
+    let directory = TempDir::new().expect("a temporary directory");
+    let mut config = Config::default();
+    config.storage.data_dir = directory.path().into();
+    config.ingest.pending_bytes_max = 64 << 10;
+    let store = Store::open(&config.storage).await.expect("opened");
+    let registry = Registry::new(store.clone(), true, 10);
+    let device = registry.get_or_register(&DeviceId::parse("pump-1").expect("good")).await.expect("registered");
+    let tail = Arc::new(Tail::new(Position(0), 1 << 20));
+    let latest = Arc::new(Latest::load(&store, &registry).await.expect("read"));
+    let (ingest, _writer) = writer(&config, store.clone(), registry, tail, latest, &Metrics::new(), Readiness::starting(&[]));
+    let begin = async |batch: Vec<u8>| {
+        let envelope = Envelope { sequence: 1, batch: batch.into(), ..Envelope::default() };
+        ingest.begin(&device, StreamId::new(), Lane::Live, envelope).await.expect("room")
+    };
+
+    let small = begin(batch(1, Content::Good)).await;
+    assert!(small.has_small_batches());
+    assert!(ingest.hands_in_more(1, true), "little waits");
+    let large = begin(vec![0; 20 << 10]).await;
+    assert!(!large.has_small_batches());
+    assert!(!ingest.hands_in_more(1, true));
+    assert!(ingest.hands_in_more(0, true), "nothing of its own waits");
+    assert!(ingest.hands_in_more(1, false), "large batches are taken as ever");
+    drop(large);
+    assert!(ingest.hands_in_more(1, true));
+    store.close().await;
 }
 
 /// Scenario: a commit fails, and yet the store has it. Guarantee: once the store is back, followers and the latest values have

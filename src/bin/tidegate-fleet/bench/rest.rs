@@ -80,6 +80,9 @@ async fn measure(store: Store, arguments: &Rest) -> anyhow::Result<Size> {
     let channels = call::connect(&server.endpoint()?, CONNECTIONS).await?;
     let readings = fill(&server, &channels, &Arc::new(Pool::new(SHAPE)), *readings, common.json).await?;
     pruned(&server).await?;
+    if server.metric(PRUNED).await? == Some(0.0) {
+        bail!("nothing of the log was deleted");
+    }
     // Its files grow smaller only when it has ended.
     drop((channels, server));
     let bytes = match store {
