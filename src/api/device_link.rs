@@ -160,7 +160,7 @@ impl<'a> Link<'a> {
         while open || next.is_some() || !self.pending.is_empty() {
             let room =
                 self.unacknowledged < self.api.unacknowledged_max && self.api.ingest.hands_in_more(self.pending.len(), self.small_batches);
-            // What is no batch goes through.
+            // What is no batch, and was read already, goes through.
             let waits = !room && next.as_ref().is_some_and(is_batch);
             let held_back = match &next {
                 Some(message) if !waits => match self.held_back(message, &mut held) {

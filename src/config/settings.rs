@@ -341,7 +341,7 @@ pub static SETTINGS: &[Setting] = &[
     setting(
         "ingest.pending_bytes_max",
         Allowed::Bytes(64 * KIB..=64 * GIB),
-        "How many bytes of batches may wait for their commit, each counted with 256 bytes or 1 KiB more; at the limit the gateway stops reading uploads (HTTP/2 flow control), and from a quarter of it on a call with batches below 4 KiB reads on when what it sent is committed.",
+        "How many bytes of batches may wait for their commit, each counted with 256 bytes or 1 KiB more; at the limit the gateway stops reading uploads (HTTP/2 flow control), and beyond a quarter of it a call whose batches are below 4 KiB is read from when what it sent is committed.",
     ),
     setting(
         "ingest.backlog_age",

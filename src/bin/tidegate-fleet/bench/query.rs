@@ -145,7 +145,7 @@ impl Gateway {
         let server = Server::start(&common.gateway(Store::Sqlite)?, data.path()).await?;
         let channels = call::connect(&server.endpoint()?, CONNECTIONS).await?;
         let readings = fill(&server, &channels, pool, readings, common.json).await?;
-        // What is measured is not what deleting takes of the processors.
+        // Deleting would take a part of the processors from both.
         pruned(&server).await?;
         Ok(Self { client: ReadingServiceClient::new(channels[0].clone()), readings, _server: server, data })
     }
