@@ -145,7 +145,7 @@ impl Gateway {
         let server = Server::start(&common.gateway(Store::Sqlite)?, data.path()).await?;
         let channels = call::connect(&server.endpoint()?, CONNECTIONS).await?;
         let readings = fill(&server, &channels, pool, readings, common.json).await?;
-        // Deleting would take a part of the processors from both.
+        // Deleting would take a part of the processors from both. It goes in rounds: one more may be due.
         pruned(&server).await?;
         Ok(Self { client: ReadingServiceClient::new(channels[0].clone()), readings, _server: server, data })
     }
