@@ -1,8 +1,8 @@
 //! How the work in the background leaves the devices their share of the way into the store.
 //!
-//! One transaction writes at a time, so that what merging, pruning and retention write is what the writer waits for. What they read and
-//! compute costs less, as it is done by threads that give way to all others; but even these have the processor for a moment before they
-//! give it up, and so rest after each small piece.
+//! One transaction writes at a time, so that what merging, pruning and retention write is what the writer waits for. PostgreSQL does both at
+//! once, but then has less of the disk and the processors for each. What they read and compute costs less, as it is done by threads that
+//! give way to all others; but even these have the processor for a moment before they give it up, and so rest after each small piece.
 
 use crate::store::{Store, StoreError, WriteTx};
 use futures_util::future::BoxFuture;
@@ -22,7 +22,7 @@ const COUNTED_AT_LEISURE_MAX: Duration = Duration::from_millis(20);
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Haste {
     /// How many seconds to rest for each that a transaction is open or had to wait for the one before it, whichever is less: who need not
-    /// wait long is in nobody's way.
+    /// wait long is in nobody's way. Where it waits for nobody, for each that it is open, if it began while devices had one open.
     pub rest: f64,
     /// How many seconds to rest at the least for each of reading, of computing and of a transaction, also where nobody waits for it.
     pub leisure: f64,
@@ -42,7 +42,8 @@ impl Haste {
         let written = promptly(async move {
             let asked = Instant::now();
             let mut tx = store.begin().await?;
-            let waited = asked.elapsed();
+            // Who waits for nobody may still share the disk and the processors with what devices send.
+            let waited = if store.is_appending_beside() { Duration::MAX } else { asked.elapsed() };
             let began = Instant::now();
             let done = work(&mut tx).await?;
             tx.commit().await?;

@@ -6,14 +6,15 @@
 //!                                                     ▼
 //!                                                  writer: one transaction for all runs that wait
 //!                                                     │ dedupe, judge, append, commit
-//!       outcomes ◀── reply after the commit ◀─────────┤
-//!                                                  live: tail, latest
+//!                                                     ▼ what is durable
+//!       outcomes ◀── reply ◀───────────────────── announce ──▶ live: latest, tail
 //! ```
 //!
 //! A device that sends faster than commits end has several batches waiting when its call is looked at again. They go on
 //! together, as a [`Run`]: so what a batch costs on its way falls as the load grows, as with the group commit behind it.
 
 mod admission;
+mod announce;
 mod metrics;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod rules;

@@ -11,6 +11,7 @@
 use super::{
     Ingest, Outcome, Reply, Run, Submitted,
     admission::Admission,
+    announce::{Announcer, Durable, Entry},
     metrics::IngestMetrics,
     run::{Checked, RunBatch},
     stall::watched,
@@ -18,9 +19,9 @@ use super::{
 use crate::{
     config::Config,
     error::Error,
-    fleet::{ClockWatch, Device, Missing, MissingCause, Registry},
+    fleet::{Device, Missing, MissingCause, Registry},
     limits::DeviceLimits,
-    live::{EntryLatest, Latest, Publisher, Tail, TailEntry},
+    live::{Latest, Publisher, Tail},
     model::{BatchLimits, BatchReject, BatchSummary, Position, StreamId, Timestamp},
     store::{DeviceKey, NewLogRow, NewRejection, SensorRow, Store, StoreError, StreamChange, StreamRow, WriteTx},
     telemetry::{Metrics, Readiness, Sparing},
@@ -28,11 +29,10 @@ use crate::{
 use bytes::Bytes;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    ops::Range,
     sync::Arc,
     time::{Duration, Instant},
 };
-use tokio::sync::mpsc;
+use tokio::{runtime::Handle, sync::mpsc, task::JoinHandle};
 
 /// The streams whose place is kept in memory; beyond that all are forgotten and read again when they are needed.
 const STREAMS_CACHED_MAX: usize = 200_000;
@@ -49,16 +49,15 @@ pub const COMPONENT: &str = "store";
 pub struct Writer {
     store: Store,
     registry: Registry,
-    latest: Arc<Latest>,
-    publisher: Arc<Publisher>,
-    metrics: IngestMetrics,
+    announcer: Arc<Announcer>,
+    // The last group's, which may still be under way.
+    announcing: Option<JoinHandle<()>>,
+    metrics: Arc<IngestMetrics>,
     readiness: Readiness,
     receiver: mpsc::Receiver<Submitted>,
     commit_batches_max: usize,
     sensors_max: usize,
     rejected_kept_max: u32,
-    clocks: ClockWatch,
-    time_skew_max: Duration,
     slow_commit: Duration,
     slow_told: Sparing,
     streams: HashMap<(DeviceKey, StreamId), StreamRow>,
@@ -87,19 +86,19 @@ pub fn writer(
         sender,
         discards: false,
     };
+    let metrics = Arc::new(IngestMetrics::new(metrics));
+    let publisher = Arc::new(Publisher::new(store.clone(), registry.clone(), tail, latest.clone()));
     let writer = Writer {
-        publisher: Arc::new(Publisher::new(store.clone(), registry.clone(), tail, latest.clone())),
+        announcer: Arc::new(Announcer::new(config, publisher, latest, metrics.clone())),
+        announcing: None,
         store,
         registry,
-        latest,
-        metrics: IngestMetrics::new(metrics),
+        metrics,
         readiness,
         receiver,
         commit_batches_max: settings.commit_batches_max,
         sensors_max: config.devices.sensors_max,
         rejected_kept_max: settings.rejected_batches_kept_max,
-        clocks: ClockWatch::new(&config.devices),
-        time_skew_max: settings.time_skew_max,
         slow_commit: config.log.slow_commit,
         slow_told: Sparing::default(),
         streams: HashMap::new(),
@@ -121,7 +120,7 @@ fn limits(config: &Config) -> BatchLimits {
 impl Writer {
     /// What it tells followers by, for others who have something to tell.
     pub fn publisher(&self) -> Arc<Publisher> {
-        self.publisher.clone()
+        self.announcer.publisher.clone()
     }
 
     /// Runs until every [`Ingest`] is gone and all that was handed in is committed.
@@ -140,15 +139,17 @@ impl Writer {
                     self.metrics.commit_seconds.record(took);
                     self.metrics.commit_batches.record(waiting.iter().map(|submitted| submitted.run.len()).sum::<usize>() as f64);
                     self.tell_if_slow(took, &waiting);
-                    self.publish(std::mem::take(&mut waiting), committed).await;
+                    self.announce(std::mem::take(&mut waiting), committed).await;
                 }
                 Err(error) => {
+                    self.announced().await;
                     self.refuse(&mut waiting);
                     self.metrics.commit_failures.increment(1);
                     self.recover(error).await;
                 }
             }
         }
+        self.announced().await;
     }
 
     /// Logs a commit that took long. A disk that is slow is so again and again, and says so once in a while.
@@ -215,7 +216,7 @@ impl Writer {
     async fn try_commit(&mut self, waiting: &[Submitted]) -> Result<Committed, StoreError> {
         let mut group = Group::default();
         let store = self.store.clone();
-        let mut tx = store.begin().await?;
+        let mut tx = store.begin_append().await?;
         let (first, rows) = match self.fill(&mut tx, &mut group, waiting).await {
             Ok(Some(written)) => written,
             Ok(None) => {
@@ -382,8 +383,8 @@ impl Writer {
         }
     }
 
-    /// Tells everybody what is now durable.
-    async fn publish(&mut self, waiting: Vec<Submitted>, committed: Committed) {
+    /// Has everybody told what is now durable, and goes on with what waits meanwhile.
+    async fn announce(&mut self, waiting: Vec<Submitted>, committed: Committed) {
         let Committed { first, rows, group } = committed;
         if self.streams.len() + group.streams.len() > STREAMS_CACHED_MAX {
             self.streams.clear();
@@ -394,47 +395,25 @@ impl Writer {
                 self.streams.insert(key, StreamRow { key: change.key, last_sequence: change.sequence_after });
             }
         }
-        self.metrics.count(&waiting, &group.decisions);
         for (index, missing) in group.missing {
             waiting[index].run.device.account.miss(missing);
         }
-        let mut tail = Vec::with_capacity(rows.len());
-        let (mut runs, mut replies) = (Vec::with_capacity(waiting.len()), Vec::with_capacity(waiting.len()));
-        for Submitted { mut run, reply, .. } in waiting {
-            run.settle();
-            run.device.see(run.receive_time);
-            if let Some(lead) = run.lead(self.time_skew_max) {
-                self.clocks.see(&run.device, lead, run.receive_time);
-            }
-            runs.push(run);
-            replies.push(reply);
+        let durable = Durable { runs: waiting, decisions: group.decisions, first, entries: group.entries, rows };
+        self.announced().await;
+        let announcer = self.announcer.clone();
+        if self.receiver.is_empty() {
+            return announcer.announce(durable).await;
         }
-        let turn = self.publisher.turn(first).await;
-        let mut latest = Vec::with_capacity(rows.len());
-        for (position, (entry, row)) in (first.0..).map(Position).zip(group.entries.iter().zip(rows)) {
-            // Others may have read it from the store already.
-            if !turn.is_next(position) {
-                continue;
-            }
-            let run = &mut runs[entry.run];
-            let readings = run.take_latest(&entry.batches).map_or_else(|| EntryLatest::In(row.batch.clone()), EntryLatest::Found);
-            latest.push((position, run.device.clone(), readings));
-            tail.push(TailEntry {
-                position,
-                device: run.device.clone(),
-                receive_time: row.receive_time,
-                batches: row.batches as u64,
-                batch: row.batch,
-            });
-        }
-        if let Err(error) = self.latest.add(latest) {
-            tracing::error!(error = &error as &dyn std::error::Error, "latest.not_known: what was stored is not among the latest values");
-        }
-        // Before the acknowledgements: who was told that a batch is stored, and follows, must find it.
-        turn.publish(tail);
-        for (reply, decision) in replies.into_iter().zip(group.decisions) {
-            // The caller may be gone; the batches are stored all the same, and duplicates when they come again.
-            let _ = reply.send(decision);
+        let runtime = Handle::current();
+        self.announcing = Some(tokio::task::spawn_blocking(move || runtime.block_on(announcer.announce(durable))));
+    }
+
+    /// Waits until all that is durable is announced.
+    async fn announced(&mut self) {
+        let Some(announcing) = self.announcing.take() else { return };
+        if let Err(error) = announcing.await {
+            // Half a gateway is worse than none: what happens here ends the writer, as if it had happened in it.
+            std::panic::resume_unwind(error.into_panic());
         }
     }
 
@@ -483,7 +462,7 @@ impl Writer {
     /// Proves that the store takes writes, and tells of what a commit of unknown outcome stored after all.
     async fn catch_up(&self) -> Result<(), StoreError> {
         self.store.probe_write().await?;
-        self.publisher.catch_up().await
+        self.announcer.publisher.catch_up().await
     }
 }
 
@@ -512,49 +491,6 @@ impl Group {
         match self.entries.last_mut() {
             Some(last) if last.goes_on_with(&entry) => last.extend(&entry),
             _ => self.entries.push(entry),
-        }
-    }
-}
-
-/// An entry of the log: consecutive batches of one run. Encoded batches one behind the other are one batch with the frames
-/// of all (protobuf concatenates repeated fields), so that nothing is encoded again.
-struct Entry {
-    run: usize,
-    batches: Range<usize>,
-    bytes: Range<usize>,
-    stream_key: i64,
-    last_sequence: u64,
-    summary: BatchSummary,
-}
-
-impl Entry {
-    fn new(run: usize, number: usize, stream_key: i64, batch: &RunBatch, summary: BatchSummary) -> Self {
-        Self { run, batches: number..number + 1, bytes: batch.range.clone(), stream_key, last_sequence: batch.sequence, summary }
-    }
-
-    fn goes_on_with(&self, next: &Self) -> bool {
-        self.run == next.run && self.batches.end == next.batches.start && self.last_sequence + 1 == next.last_sequence
-    }
-
-    fn extend(&mut self, next: &Self) {
-        self.batches.end = next.batches.end;
-        self.bytes.end = next.bytes.end;
-        self.last_sequence = next.last_sequence;
-        self.summary = self.summary.and(next.summary);
-    }
-
-    fn row(&self, Submitted { run, bytes, .. }: &Submitted) -> NewLogRow {
-        let batch = bytes.slice(self.bytes.clone());
-        // As long as it is in the live tail a small part would hold all of the run, of which most was not stored.
-        let batch = if batch.len() < bytes.len() / 2 { Bytes::copy_from_slice(&batch) } else { batch };
-        NewLogRow {
-            device: run.device.key,
-            stream_key: self.stream_key,
-            batches: self.batches.len(),
-            last_sequence: self.last_sequence,
-            receive_time: run.receive_time,
-            summary: self.summary,
-            batch,
         }
     }
 }

@@ -116,7 +116,24 @@ impl Store {
         }
     }
 
-    /// Begins a transaction; waits for the one before it to end.
+    /// Begins the transaction that appends what devices have sent; waits for the one before it to end. On PostgreSQL it waits for no
+    /// other one of this gateway's.
+    pub async fn begin_append(&self) -> Result<WriteTx<'_>, StoreError> {
+        match self {
+            Self::Sqlite(store) => Ok(WriteTx::Sqlite(store.begin().await?)),
+            Self::Postgres(store) => Ok(WriteTx::Postgres(store.begin_append().await?)),
+        }
+    }
+
+    /// Whether a transaction that appends goes on beside one that was begun by [`begin`](Self::begin).
+    pub fn is_appending_beside(&self) -> bool {
+        match self {
+            Self::Sqlite(_) => false,
+            Self::Postgres(store) => store.is_appending(),
+        }
+    }
+
+    /// Begins a transaction that appends nothing; waits for the one before it to end.
     pub async fn begin(&self) -> Result<WriteTx<'_>, StoreError> {
         match self {
             Self::Sqlite(store) => Ok(WriteTx::Sqlite(store.begin().await?)),

@@ -21,8 +21,9 @@ use std::collections::HashMap;
 
 /// How many streams a ledger shows.
 const LEDGER_STREAMS_MAX: usize = 100;
-/// How many bytes of batches one statement appends, about: PostgreSQL takes messages of up to a gigabyte.
-const BYTES_PER_APPEND: usize = 64 << 20;
+/// How many bytes of batches one statement appends, about. A statement is copied several times on its way, on both sides: in parts what is
+/// copied stays in the processor's cache.
+const BYTES_PER_APPEND: usize = 512 << 10;
 
 impl PostgresTx<'_> {
     pub async fn stream(&mut self, device: DeviceKey, stream_id: StreamId, now: Timestamp) -> Result<StreamRow, StoreError> {
@@ -85,10 +86,9 @@ impl PostgresTx<'_> {
             "WITH head AS (UPDATE log_head SET position = position + $1 RETURNING position - $1 AS before), \
              appended AS ( \
                  INSERT INTO log (position, device_id, stream_key, sequence, receive_time, first_time, last_time, readings, batches, batch) \
-                 SELECT before + number, device_id, stream_key, sequence, receive_time, first_time, last_time, readings, batches, batch FROM head, \
-                     unnest($2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[], $9::bigint[], $10::bytea[]) \
-                     WITH ORDINALITY \
-                     AS new (device_id, stream_key, sequence, receive_time, first_time, last_time, readings, batches, batch, number)) \
+                 SELECT (SELECT before FROM head) + generate_series(1, $1), unnest($2::bigint[]), unnest($3::bigint[]), unnest($4::bigint[]), \
+                     unnest($5::bigint[]), unnest($6::bigint[]), unnest($7::bigint[]), unnest($8::bigint[]), unnest($9::bigint[]), \
+                     unnest($10::bytea[])) \
              SELECT before + 1 FROM head, pg_notify($11, $12 || (before + $1))",
         )
         .bind(count)

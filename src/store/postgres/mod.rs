@@ -1,4 +1,5 @@
-//! The store on PostgreSQL, which several gateways may share: one connection that writes, some that read, one that listens.
+//! The store on PostgreSQL, which several gateways may share: one connection that appends, one for all else that is written, some
+//! that read, one that listens.
 //!
 //! What keeps the gateways apart is in the database alone. A position is taken from `log_head`, whose row a transaction locks
 //! last and holds until its commit: positions follow the order of commits. A stream is moved on from where it was read, or
@@ -25,9 +26,11 @@ use sqlx::{
 };
 use std::{sync::Arc, time::Duration};
 use tokio::{
+    runtime::{Builder, Runtime},
     sync::{Mutex, MutexGuard},
     time::timeout,
 };
+use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 /// What the server does with a connection whose gateway is gone in the middle of a transaction: nobody waits longer for its locks.
@@ -51,11 +54,14 @@ struct Shared {
     options: PgConnectOptions,
     // Tells this gateway's notifications from those of the others.
     gateway: Uuid,
+    // What devices send waits for nothing else that this gateway writes.
+    appender: Mutex<Writer>,
     writer: Mutex<Writer>,
     readers: PgPool,
+    io: Io,
 }
 
-/// The one way of this gateway to write.
+/// A way of this gateway to write: one transaction at a time.
 struct Writer {
     // None after a failure: the next transaction begins on a new connection.
     connection: Option<PgConnection>,
@@ -67,8 +73,8 @@ struct Writer {
 impl PostgresStore {
     pub async fn open(settings: &Storage) -> Result<Self, StoreError> {
         Self::migrate(settings).await?.log();
-        let options = connect_options(settings)?;
-        let mut writer = answered(PgConnection::connect_with(&options)).await?;
+        let (options, io) = (connect_options(settings)?, Io::new()?);
+        let mut writer = answered(io.connect(&options)).await?;
         if answered(super::copy::is_unfinished(&mut writer)).await? {
             return Err(StoreError::Unfinished);
         }
@@ -82,8 +88,8 @@ impl PostgresStore {
             })
             .connect_with(options.clone().options([("default_transaction_read_only", "on"), ("statement_timeout", READ_STATEMENT_TIMEOUT)]))
             .await?;
-        let writer = Mutex::new(Writer { connection: Some(writer), leads: false, closed: false });
-        Ok(Self { shared: Arc::new(Shared { options, gateway: Uuid::new_v4(), writer, readers }) })
+        let [appender, writer] = [None, Some(writer)].map(|connection| Mutex::new(Writer { connection, leads: false, closed: false }));
+        Ok(Self { shared: Arc::new(Shared { options, gateway: Uuid::new_v4(), appender, writer, readers, io }) })
     }
 
     /// Under sqlx's advisory lock: of several gateways that start at once one migrates, and the others wait for it.
@@ -96,7 +102,20 @@ impl PostgresStore {
     }
 
     pub async fn begin(&self) -> Result<PostgresTx<'_>, StoreError> {
-        let mut writer = self.shared.writer.lock().await;
+        self.begin_on(&self.shared.writer).await
+    }
+
+    pub async fn begin_append(&self) -> Result<PostgresTx<'_>, StoreError> {
+        self.begin_on(&self.shared.appender).await
+    }
+
+    /// Whether a transaction that appends is under way.
+    pub fn is_appending(&self) -> bool {
+        self.shared.appender.try_lock().is_err()
+    }
+
+    async fn begin_on<'a>(&'a self, writer: &'a Mutex<Writer>) -> Result<PostgresTx<'a>, StoreError> {
+        let mut writer = writer.lock().await;
         if writer.closed {
             return Err(StoreError::Closed);
         }
@@ -104,7 +123,7 @@ impl PostgresStore {
             Some(connection) => connection,
             None => {
                 writer.leads = false;
-                answered(PgConnection::connect_with(&self.shared.options)).await?
+                answered(self.shared.io.connect(&self.shared.options)).await?
             }
         };
         answered(sqlx::raw_sql("BEGIN").execute(&mut connection)).await?;
@@ -114,7 +133,7 @@ impl PostgresStore {
     /// Takes the log's head as well: whoever holds it, such as a transaction of which a broken connection left the outcome
     /// open, has come to its end when this has.
     pub async fn probe_write(&self) -> Result<(), StoreError> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_append().await?;
         answered(sqlx::query("UPDATE log_head SET position = position").execute(&mut tx.connection)).await?;
         let update = sqlx::query("UPDATE progress SET position = position + 1 WHERE name = 'write_probe'");
         answered(update.execute(&mut tx.connection)).await?;
@@ -123,17 +142,48 @@ impl PostgresStore {
 
     pub async fn close(&self) {
         self.shared.readers.close().await;
-        let mut writer = self.shared.writer.lock().await;
-        writer.closed = true;
-        if let Some(connection) = writer.connection.take()
-            && let Err(error) = connection.close().await
-        {
-            tracing::warn!(%error, "store.close_failed");
+        for writer in [&self.shared.appender, &self.shared.writer] {
+            let mut writer = writer.lock().await;
+            writer.closed = true;
+            if let Some(connection) = writer.connection.take()
+                && let Err(error) = connection.close().await
+            {
+                tracing::warn!(%error, "store.close_failed");
+            }
         }
     }
 
     fn readers(&self) -> &PgPool {
         &self.shared.readers
+    }
+}
+
+/// A thread that waits for the sockets of the connections that write, and does nothing else. The runtime's own look at sockets
+/// between the tasks of all calls, so that each step of a transaction, and each part of a large statement, would wait for these.
+struct Io {
+    // Always there, but for the drop.
+    runtime: Option<Runtime>,
+}
+
+impl Io {
+    fn new() -> Result<Self, StoreError> {
+        let runtime = Builder::new_multi_thread().worker_threads(1).thread_name("postgres").enable_all().build();
+        Ok(Self { runtime: Some(runtime.map_err(sqlx::Error::Io)?) })
+    }
+
+    async fn connect(&self, options: &PgConnectOptions) -> Result<PgConnection, sqlx::Error> {
+        let (runtime, options) = (self.runtime.as_ref().ok_or(sqlx::Error::WorkerCrashed)?, options.clone());
+        let connecting = AbortOnDropHandle::new(runtime.spawn(async move { PgConnection::connect_with(&options).await }));
+        connecting.await.map_err(|_| sqlx::Error::WorkerCrashed)?
+    }
+}
+
+impl Drop for Io {
+    fn drop(&mut self) {
+        // Does not wait for it, which a task must not.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 
@@ -143,6 +193,8 @@ fn connect_options(settings: &Storage) -> Result<PgConnectOptions, StoreError> {
         ("synchronous_commit", synchronous_commit),
         ("idle_in_transaction_session_timeout", ABANDONED_TRANSACTION_TIMEOUT),
         ("lock_timeout", LOCK_TIMEOUT),
+        // Planning an append for the arrays at hand copies them several times, and finds the same plan each time.
+        ("plan_cache_mode", "force_generic_plan"),
         // The locks of a gateway whose machine is gone go within half a minute.
         ("tcp_keepalives_idle", "10"),
         ("tcp_keepalives_interval", "5"),
