@@ -75,6 +75,11 @@ const REGISTERED: u8 = 0;
 const DELETED: u8 = 1;
 const UNKNOWN: u8 = 2;
 
+/// A sensor's unit, which never becomes unsaid: `unit` may have been read before it was said.
+fn said(unit: &str, known: &SensorRow) -> String {
+    if unit.is_empty() { known.unit.clone() } else { unit.to_owned() }
+}
+
 impl Device {
     fn new(row: DeviceRow, sensors: Vec<SensorRow>) -> Self {
         Self {
@@ -150,9 +155,24 @@ impl Device {
         self.sensors.read().len()
     }
 
-    /// Takes over sensors that are now in the store.
+    /// Takes over sensors that are in the store, and the units of those that are known already: these are said once. All else of them may
+    /// have changed since `rows` were read.
     pub fn learn(&self, rows: impl IntoIterator<Item = SensorRow>) {
         let mut sensors = self.sensors.write();
+        let rows = rows.into_iter().map(|row| match sensors.get(&row.name) {
+            Some(known) => SensorRow { unit: said(&row.unit, known), ..known.clone() },
+            None => row,
+        });
+        *sensors = Arc::new(sensors.with(rows));
+    }
+
+    /// The same, and takes over what an operator may set of them: for who holds a transaction of [`Store::begin`], as they do who set it.
+    fn learn_settings(&self, rows: impl IntoIterator<Item = SensorRow>) {
+        let mut sensors = self.sensors.write();
+        let rows = rows.into_iter().map(|row| match sensors.get(&row.name) {
+            Some(known) => SensorRow { unit: said(&row.unit, known), ..row },
+            None => row,
+        });
         *sensors = Arc::new(sensors.with(rows));
     }
 
@@ -280,10 +300,10 @@ impl Registry {
             device.poke_config();
             return Ok(true);
         };
-        // With the transaction in hand: what this gateway changes meanwhile would be undone by what was read before.
+        // With the transaction in hand: what an operator sets meanwhile on this gateway would be undone by what was read before.
         let tx = self.shared.store.begin().await?;
         let sensors = self.shared.store.sensors(key).await?;
-        device.learn(sensors);
+        device.learn_settings(sensors);
         tx.rollback().await?;
         // Of two reads that overtake one another the older changes nothing.
         let mut known = device.row.write();
@@ -375,7 +395,7 @@ impl Registry {
             stored.allow_non_finite = sensor.allow_non_finite;
             tx.set_sensor_allowance(&stored).await?;
             tx.commit_then(|committed| match committed {
-                true => device.learn([stored.clone()]),
+                true => device.learn_settings([stored.clone()]),
                 false => registry.distrust(&device),
             })
             .await?;
@@ -393,8 +413,8 @@ impl Registry {
     ) -> Result<(), Failure> {
         let (registry, device) = (self.clone(), device.clone());
         to_the_end(async move {
-            // The writer looks whether a device is deleted with its transaction in hand, as we hold ours now: either its
-            // batch is committed before, and purged, or it is refused.
+            // Either a batch of the device is committed before, and purged, or it is refused: the writer looks whether a device is deleted
+            // with its transaction in hand, which in SQLite excludes ours, and in PostgreSQL finds no row of the stream to move on.
             let (mut tx, _) = registry.begin_change(&device, etag_revision).await?;
             tx.delete_device(device.key).await?;
             tx.commit_then(|committed| match committed {
@@ -487,5 +507,43 @@ impl Registry {
         device.standing.store(UNKNOWN, Ordering::Release);
         self.forget(device);
         device.poke_config();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{config::Config, model::ValueKind, store::test_databases};
+
+    #[tokio::test]
+    async fn what_is_learnt_of_a_sensor_late_undoes_nothing() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let config = Config { storage: test_databases::sqlite(directory.path()), ..Config::default() };
+        let store = Store::open(&config.storage).await.expect("opened");
+        let registry = Registry::new(store.clone(), true, usize::MAX);
+        let device = registry.get_or_register(&DeviceId::parse("pump").expect("an id")).await.expect("registered");
+        let row = |unit: &str, allow_non_finite| SensorRow {
+            key: 1,
+            name: "t".to_owned(),
+            unit: unit.to_owned(),
+            kind: ValueKind::Double,
+            allow_non_finite,
+            create_time: Timestamp::now(),
+        };
+        let known = || {
+            let sensors = device.sensors.read();
+            let sensor = sensors.get("t").expect("known");
+            (sensor.unit.clone(), sensor.allow_non_finite)
+        };
+        device.learn([row("", false)]);
+        assert_eq!(known(), (String::new(), false));
+        // An operator's transaction found the unit that a batch had said, whose own transaction tells of it later.
+        device.learn_settings([row("C", true)]);
+        device.learn([row("C", false)]);
+        assert_eq!(known(), ("C".to_owned(), true));
+        // What was read before the batch said it.
+        device.learn_settings([row("", false)]);
+        assert_eq!(known(), ("C".to_owned(), false));
+        store.close().await;
     }
 }

@@ -22,7 +22,7 @@ const COUNTED_AT_LEISURE_MAX: Duration = Duration::from_millis(20);
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Haste {
     /// How many seconds to rest for each that a transaction is open or had to wait for the one before it, whichever is less: who need not
-    /// wait long is in nobody's way. Where it waits for nobody, for each that it is open, if it began while devices had one open.
+    /// wait long is in nobody's way. Where it waits for nobody, for each that it is open, if an append of this gateway's was open when it began.
     pub rest: f64,
     /// How many seconds to rest at the least for each of reading, of computing and of a transaction, also where nobody waits for it.
     pub leisure: f64,

@@ -11,6 +11,7 @@ use crate::{
 };
 use bytes::Bytes;
 use std::{ops::Range, sync::Arc, time::Duration};
+use tokio::sync::{mpsc, oneshot};
 
 /// A group that was committed.
 pub(super) struct Durable {
@@ -22,6 +23,12 @@ pub(super) struct Durable {
     pub entries: Vec<Entry>,
     /// Of each entry.
     pub rows: Vec<NewLogRow>,
+}
+
+/// A group that is announced beside the next commit; then `done` is told.
+pub(super) struct Announcement {
+    pub durable: Durable,
+    pub done: oneshot::Sender<()>,
 }
 
 /// Tells everybody what is durable: one group after the other.
@@ -37,6 +44,15 @@ impl Announcer {
     pub fn new(config: &Config, publisher: Arc<Publisher>, latest: Arc<Latest>, metrics: Arc<IngestMetrics>) -> Self {
         let (clocks, time_skew_max) = (ClockWatch::new(&config.devices), config.ingest.time_skew_max);
         Self { publisher, latest, metrics, clocks, time_skew_max }
+    }
+
+    /// Announces what comes, as long as anything can.
+    pub async fn run(&self, mut announcements: mpsc::Receiver<Announcement>) {
+        while let Some(Announcement { durable, done }) = announcements.recv().await {
+            self.announce(durable).await;
+            // The writer may have come to its end by a panic.
+            let _ = done.send(());
+        }
     }
 
     pub async fn announce(&self, durable: Durable) {

@@ -11,7 +11,7 @@
 use super::{
     Ingest, Outcome, Reply, Run, Submitted,
     admission::Admission,
-    announce::{Announcer, Durable, Entry},
+    announce::{Announcement, Announcer, Durable, Entry},
     metrics::IngestMetrics,
     run::{Checked, RunBatch},
     stall::watched,
@@ -32,7 +32,11 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
-use tokio::{runtime::Handle, sync::mpsc, task::JoinHandle};
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, oneshot},
+    task::JoinError,
+};
 
 /// The streams whose place is kept in memory; beyond that all are forgotten and read again when they are needed.
 const STREAMS_CACHED_MAX: usize = 200_000;
@@ -50,8 +54,8 @@ pub struct Writer {
     store: Store,
     registry: Registry,
     announcer: Arc<Announcer>,
-    // The last group's, which may still be under way.
-    announcing: Option<JoinHandle<()>>,
+    // Of the last group; it may still be under way.
+    announcing: Option<oneshot::Receiver<()>>,
     metrics: Arc<IngestMetrics>,
     readiness: Readiness,
     receiver: mpsc::Receiver<Submitted>,
@@ -125,6 +129,19 @@ impl Writer {
 
     /// Runs until every [`Ingest`] is gone and all that was handed in is committed.
     pub async fn run(mut self) {
+        let announcer = self.announcer.clone();
+        let (announcements, next) = mpsc::channel(1);
+        let runtime = Handle::current();
+        // On a thread of its own, as the writer: there it goes on beside the next commit.
+        let announcing = tokio::task::spawn_blocking(move || runtime.block_on(announcer.run(next)));
+        self.write(&announcements).await;
+        drop(announcements);
+        if let Err(Ok(panic)) = announcing.await.map_err(JoinError::try_into_panic) {
+            std::panic::resume_unwind(panic);
+        }
+    }
+
+    async fn write(&mut self, announcements: &mpsc::Sender<Announcement>) {
         // Ready is who can write: a disk may be full at the start already.
         match self.store.probe_write().await {
             Ok(()) => self.readiness.set(COMPONENT, Ok(())),
@@ -139,12 +156,12 @@ impl Writer {
                     self.metrics.commit_seconds.record(took);
                     self.metrics.commit_batches.record(waiting.iter().map(|submitted| submitted.run.len()).sum::<usize>() as f64);
                     self.tell_if_slow(took, &waiting);
-                    self.announce(std::mem::take(&mut waiting), committed).await;
+                    self.announce(std::mem::take(&mut waiting), committed, announcements).await;
                 }
                 Err(error) => {
-                    self.announced().await;
                     self.refuse(&mut waiting);
                     self.metrics.commit_failures.increment(1);
+                    self.announced().await;
                     self.recover(error).await;
                 }
             }
@@ -384,7 +401,7 @@ impl Writer {
     }
 
     /// Has everybody told what is now durable, and goes on with what waits meanwhile.
-    async fn announce(&mut self, waiting: Vec<Submitted>, committed: Committed) {
+    async fn announce(&mut self, waiting: Vec<Submitted>, committed: Committed, announcements: &mpsc::Sender<Announcement>) {
         let Committed { first, rows, group } = committed;
         if self.streams.len() + group.streams.len() > STREAMS_CACHED_MAX {
             self.streams.clear();
@@ -400,20 +417,20 @@ impl Writer {
         }
         let durable = Durable { runs: waiting, decisions: group.decisions, first, entries: group.entries, rows };
         self.announced().await;
-        let announcer = self.announcer.clone();
         if self.receiver.is_empty() {
-            return announcer.announce(durable).await;
+            return self.announcer.announce(durable).await;
         }
-        let runtime = Handle::current();
-        self.announcing = Some(tokio::task::spawn_blocking(move || runtime.block_on(announcer.announce(durable))));
+        let (done, announced) = oneshot::channel();
+        self.announcing = Some(announced);
+        // If the thread is gone, nobody says that it is done.
+        let _ = announcements.send(Announcement { durable, done }).await;
     }
 
     /// Waits until all that is durable is announced.
     async fn announced(&mut self) {
-        let Some(announcing) = self.announcing.take() else { return };
-        if let Err(error) = announcing.await {
-            // Half a gateway is worse than none: what happens here ends the writer, as if it had happened in it.
-            std::panic::resume_unwind(error.into_panic());
+        if let Some(announcing) = self.announcing.take() {
+            // Half a gateway is worse than none: what fails there ends the writer, too.
+            announcing.await.expect("what is durable is announced");
         }
     }
 

@@ -35,7 +35,7 @@ const RESTS_MAX: Duration = Duration::from_millis(2_500);
 
 /// See the [module](self).
 ///
-/// The writer takes the lock for each batch, so whoever reads takes no more under it than shared pointers.
+/// The lock is taken for each group of batches, so whoever reads takes no more under it than shared pointers.
 #[derive(Default)]
 pub struct Latest {
     state: Mutex<State>,
@@ -64,7 +64,7 @@ pub struct DeviceLatest {
     pub device: Arc<Device>,
     // Of the last batch that was added.
     position: Position,
-    // By sensor number. Copied by the writer's next change while somebody reads it.
+    // By sensor number. Copied by the next change while somebody reads it.
     readings: Arc<Vec<Reading>>,
 }
 
@@ -228,7 +228,7 @@ impl State {
         let new = || DeviceLatest { device: device.clone(), position, readings: Arc::default() };
         let found = self.devices.entry(device.key).or_insert_with(new);
         found.position = position;
-        // After a failed commit the registry has another one, which knows all sensors.
+        // After a failed commit the registry has another one, which knows all sensors of the batches that come by it.
         if !Arc::ptr_eq(&found.device, device) {
             found.device = device.clone();
         }

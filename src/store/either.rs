@@ -326,8 +326,8 @@ impl WriteTx<'_> {
         self.commit_then(|_| ()).await
     }
 
-    /// As [`commit`](Self::commit), and then tells whether that went well, before the next transaction can begin: what is known
-    /// in memory of the rows is so never behind what a transaction finds.
+    /// As [`commit`](Self::commit), and then tells whether that went well, before the next transaction can begin on the same
+    /// connection: what is known in memory of the rows that only such transactions change is so never behind what the next one finds.
     pub async fn commit_then(self, tell: impl FnOnce(bool)) -> Result<(), StoreError> {
         match self {
             Self::Sqlite(tx) => tx.commit_then(tell).await,

@@ -11,7 +11,7 @@ use crate::{
 };
 use sqlx::Row;
 
-/// How many rows of a deleted device one transaction deletes, so that ingest does not wait for long.
+/// How many rows of a deleted device one transaction deletes, so that nobody waits for long.
 const DELETED_ROWS_PER_TRANSACTION: i64 = 500;
 /// How many rows of the log one transaction looks at.
 const SCANNED_ROWS_PER_TRANSACTION: i64 = 5_000;
@@ -171,7 +171,9 @@ impl PostgresStore {
             for statement in [
                 "DELETE FROM chunks WHERE chunk_id IN \
                      (SELECT chunk_id FROM chunks JOIN sensors USING (sensor_id) WHERE device_id = $1 LIMIT $2)",
-                "DELETE FROM rejected_batches WHERE rejection_id IN (SELECT rejection_id FROM rejected_batches WHERE device_id = $1 LIMIT $2)",
+                // In the order in which the oldest of all are deleted, which may go on beside it.
+                "DELETE FROM rejected_batches WHERE rejection_id IN \
+                     (SELECT rejection_id FROM rejected_batches WHERE device_id = $1 ORDER BY rejection_id LIMIT $2 FOR UPDATE)",
                 "DELETE FROM latest_readings WHERE sensor_id IN (SELECT sensor_id FROM latest_readings WHERE device_id = $1 LIMIT $2)",
                 "DELETE FROM config_revisions WHERE (device_id, revision) IN \
                      (SELECT device_id, revision FROM config_revisions WHERE device_id = $1 LIMIT $2)",

@@ -22,7 +22,7 @@ use std::collections::HashMap;
 /// How many streams a ledger shows.
 const LEDGER_STREAMS_MAX: usize = 100;
 /// How many bytes of batches one statement appends, about. A statement is copied several times on its way, on both sides: in parts what is
-/// copied stays in the processor's cache.
+/// copied stays in the processor's cache. Each part is a round trip for which other gateways that append wait.
 const BYTES_PER_APPEND: usize = 512 << 10;
 
 impl PostgresTx<'_> {

@@ -55,14 +55,15 @@ struct Shared {
     // Tells this gateway's notifications from those of the others.
     gateway: Uuid,
     // What devices send waits for nothing else that this gateway writes.
-    appender: Mutex<Writer>,
-    writer: Mutex<Writer>,
+    appender: Mutex<Slot>,
+    writer: Mutex<Slot>,
     readers: PgPool,
     io: Io,
 }
 
 /// A way of this gateway to write: one transaction at a time.
-struct Writer {
+struct Slot {
+    options: PgConnectOptions,
     // None after a failure: the next transaction begins on a new connection.
     connection: Option<PgConnection>,
     // Whether this connection holds the lock of the gateway that merges.
@@ -88,7 +89,10 @@ impl PostgresStore {
             })
             .connect_with(options.clone().options([("default_transaction_read_only", "on"), ("statement_timeout", READ_STATEMENT_TIMEOUT)]))
             .await?;
-        let [appender, writer] = [None, Some(writer)].map(|connection| Mutex::new(Writer { connection, leads: false, closed: false }));
+        // Planning an append for the arrays at hand copies them several times, and finds the same plan each time.
+        let appends = options.clone().options([("plan_cache_mode", "force_generic_plan")]);
+        let slot = |options, connection| Mutex::new(Slot { options, connection, leads: false, closed: false });
+        let (appender, writer) = (slot(appends, None), slot(options.clone(), Some(writer)));
         Ok(Self { shared: Arc::new(Shared { options, gateway: Uuid::new_v4(), appender, writer, readers, io }) })
     }
 
@@ -114,8 +118,8 @@ impl PostgresStore {
         self.shared.appender.try_lock().is_err()
     }
 
-    async fn begin_on<'a>(&'a self, writer: &'a Mutex<Writer>) -> Result<PostgresTx<'a>, StoreError> {
-        let mut writer = writer.lock().await;
+    async fn begin_on<'a>(&'a self, slot: &'a Mutex<Slot>) -> Result<PostgresTx<'a>, StoreError> {
+        let mut writer = slot.lock().await;
         if writer.closed {
             return Err(StoreError::Closed);
         }
@@ -123,7 +127,7 @@ impl PostgresStore {
             Some(connection) => connection,
             None => {
                 writer.leads = false;
-                answered(self.shared.io.connect(&self.shared.options)).await?
+                answered(self.shared.io.connect(&writer.options)).await?
             }
         };
         answered(sqlx::raw_sql("BEGIN").execute(&mut connection)).await?;
@@ -158,8 +162,8 @@ impl PostgresStore {
     }
 }
 
-/// A thread that waits for the sockets of the connections that write, and does nothing else. The runtime's own look at sockets
-/// between the tasks of all calls, so that each step of a transaction, and each part of a large statement, would wait for these.
+/// A thread for the sockets of the connections that write. The runtime's own threads look at sockets only between the tasks of all calls: each
+/// step of a transaction, and each part of a large statement, would wait for these.
 struct Io {
     // Always there, but for the drop.
     runtime: Option<Runtime>,
@@ -193,8 +197,6 @@ fn connect_options(settings: &Storage) -> Result<PgConnectOptions, StoreError> {
         ("synchronous_commit", synchronous_commit),
         ("idle_in_transaction_session_timeout", ABANDONED_TRANSACTION_TIMEOUT),
         ("lock_timeout", LOCK_TIMEOUT),
-        // Planning an append for the arrays at hand copies them several times, and finds the same plan each time.
-        ("plan_cache_mode", "force_generic_plan"),
         // The locks of a gateway whose machine is gone go within half a minute.
         ("tcp_keepalives_idle", "10"),
         ("tcp_keepalives_interval", "5"),
@@ -209,7 +211,7 @@ pub(in crate::store) fn url_options(settings: &Storage) -> Result<PgConnectOptio
 
 /// A transaction that writes.
 pub struct PostgresTx<'a> {
-    writer: MutexGuard<'a, Writer>,
+    writer: MutexGuard<'a, Slot>,
     // Only given back to the writer by a commit or an orderly rollback; after a failure it is closed.
     connection: PgConnection,
     gateway: Uuid,
@@ -266,5 +268,56 @@ where
     match timeout(limit, answer).await {
         Ok(answer) => Ok(answer?),
         Err(_) => Err(StoreError::NoAnswer { seconds: limit.as_secs() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        model::{Position, Timestamp, batch::BatchSummary},
+        store::{DeviceKey, NewLogRow, test_databases},
+    };
+    use bytes::Bytes;
+
+    #[tokio::test]
+    async fn an_append_waits_for_nothing_else_that_its_gateway_writes() {
+        let Some(storage) = test_databases::postgres() else { return };
+        let store = PostgresStore::open(&storage).await.expect("opened");
+        let other = store.begin().await.expect("begun");
+        assert!(!store.is_appending());
+        let append = timeout(Duration::from_secs(60), store.begin_append()).await.expect("does not wait").expect("begun");
+        assert!(store.is_appending());
+        append.rollback().await.expect("ended");
+        other.rollback().await.expect("ended");
+        store.close().await;
+    }
+
+    #[tokio::test]
+    async fn what_is_appended_in_parts_has_positions_one_after_the_other() {
+        let Some(storage) = test_databases::postgres() else { return };
+        let store = PostgresStore::open(&storage).await.expect("opened");
+        let now = Timestamp::now();
+        let row = |number: u8| NewLogRow {
+            device: DeviceKey(1),
+            stream_key: 1,
+            batches: 1,
+            last_sequence: number.into(),
+            receive_time: now,
+            summary: BatchSummary { readings: 1, first_time: now, last_time: now },
+            batch: Bytes::from(vec![number; 300 << 10]),
+        };
+        let rows: Vec<NewLogRow> = (1..=5).map(row).collect();
+        let mut tx = store.begin_append().await.expect("begun");
+        let firsts = [tx.append(&rows).await.expect("appended"), tx.append(&rows[..1]).await.expect("appended")];
+        assert_eq!(firsts, [Position(1), Position(6)]);
+        tx.commit_then(|_| ()).await.expect("committed");
+        let read = store.read_log(Position(0), 10, usize::MAX).await.expect("read");
+        let read: Vec<(i64, u8, usize)> = read.iter().map(|row| (row.position.0, row.batch[0], row.batch.len())).collect();
+        assert_eq!(
+            read,
+            [1, 2, 3, 4, 5, 1].into_iter().zip(1..).map(|(number, position)| (position, number, 300 << 10)).collect::<Vec<_>>()
+        );
+        store.close().await;
     }
 }
