@@ -106,7 +106,12 @@ impl PostgresStore {
     }
 
     pub async fn begin(&self) -> Result<PostgresTx<'_>, StoreError> {
-        self.begin_on(&self.shared.writer).await
+        match self.begin_on(&self.shared.writer).await {
+            // The connection that was there may have broken long ago, unnoticed. That of the appends is not tried again: what the writer
+            // remembers may be of a server whose last commits are gone with it.
+            Err(StoreError::Database(_)) => self.begin_on(&self.shared.writer).await,
+            begun => begun,
+        }
     }
 
     pub async fn begin_append(&self) -> Result<PostgresTx<'_>, StoreError> {
@@ -290,6 +295,24 @@ mod tests {
         assert!(store.is_appending());
         append.rollback().await.expect("ended");
         other.rollback().await.expect("ended");
+        store.close().await;
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_broke_unnoticed_is_made_anew_but_for_appends() {
+        let Some(storage) = test_databases::postgres() else { return };
+        let store = PostgresStore::open(&storage).await.expect("opened");
+        store.begin().await.expect("begun").rollback().await.expect("ended");
+        store.begin_append().await.expect("begun").rollback().await.expect("ended");
+        // Waits until they are gone.
+        let end = "SELECT bool_and(pg_terminate_backend(pid, 60000)) FROM pg_stat_activity \
+                   WHERE datname = current_database() AND application_name = 'tidegate' AND pid <> pg_backend_pid()";
+        let mut connection = PgConnection::connect(storage.url.expose()).await.expect("connected");
+        let ended: Option<bool> = sqlx::query_scalar(end).fetch_one(&mut connection).await.expect("ended");
+        assert_eq!(ended, Some(true));
+        store.begin().await.expect("begun on a new connection").rollback().await.expect("ended");
+        assert!(matches!(store.begin_append().await, Err(StoreError::Database(_))));
+        store.begin_append().await.expect("begun on a new connection").rollback().await.expect("ended");
         store.close().await;
     }
 
