@@ -75,11 +75,6 @@ const REGISTERED: u8 = 0;
 const DELETED: u8 = 1;
 const UNKNOWN: u8 = 2;
 
-/// A sensor's unit, which never becomes unsaid: `unit` may have been read before it was said.
-fn said(unit: &str, known: &SensorRow) -> String {
-    if unit.is_empty() { known.unit.clone() } else { unit.to_owned() }
-}
-
 impl Device {
     fn new(row: DeviceRow, sensors: Vec<SensorRow>) -> Self {
         Self {
@@ -158,20 +153,23 @@ impl Device {
     /// Takes over sensors that are in the store, and the units of those that are known already: these are said once. All else of them may
     /// have changed since `rows` were read.
     pub fn learn(&self, rows: impl IntoIterator<Item = SensorRow>) {
-        let mut sensors = self.sensors.write();
-        let rows = rows.into_iter().map(|row| match sensors.get(&row.name) {
-            Some(known) => SensorRow { unit: said(&row.unit, known), ..known.clone() },
-            None => row,
-        });
-        *sensors = Arc::new(sensors.with(rows));
+        self.take_over(rows, |row, known| SensorRow { unit: row.unit, ..known.clone() });
     }
 
     /// The same, and takes over what an operator may set of them: for who holds a transaction of [`Store::begin`], as they do who set it.
     fn learn_settings(&self, rows: impl IntoIterator<Item = SensorRow>) {
+        self.take_over(rows, |row, _| row);
+    }
+
+    fn take_over(&self, rows: impl IntoIterator<Item = SensorRow>, of_known: impl Fn(SensorRow, &SensorRow) -> SensorRow) {
         let mut sensors = self.sensors.write();
-        let rows = rows.into_iter().map(|row| match sensors.get(&row.name) {
-            Some(known) => SensorRow { unit: said(&row.unit, known), ..row },
-            None => row,
+        let rows = rows.into_iter().map(|mut row| {
+            let Some(known) = sensors.get(&row.name) else { return row };
+            // It never becomes unsaid: `row` may have been read before it was said.
+            if row.unit.is_empty() {
+                row.unit.clone_from(&known.unit);
+            }
+            of_known(row, known)
         });
         *sensors = Arc::new(sensors.with(rows));
     }
