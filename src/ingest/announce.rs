@@ -1,11 +1,11 @@
 //! What follows a commit: what is durable comes to the latest values and the tail, and then is acknowledged.
 
-use super::{Reply, Submitted, metrics::IngestMetrics, run::RunBatch};
+use super::{Outcome, Reply, Run, Submitted, metrics::IngestMetrics, run::RunBatch};
 use crate::{
     config::Config,
     error::Error,
     fleet::ClockWatch,
-    live::{EntryLatest, Latest, Publisher, TailEntry},
+    live::{Latest, Publisher, TailEntry},
     model::{BatchSummary, Position},
     store::NewLogRow,
 };
@@ -60,8 +60,11 @@ impl Announcer {
         self.metrics.count(&waiting, &decisions);
         let mut tail = Vec::with_capacity(rows.len());
         let (mut runs, mut replies) = (Vec::with_capacity(waiting.len()), Vec::with_capacity(waiting.len()));
-        for Submitted { mut run, reply, .. } in waiting {
+        for (Submitted { mut run, reply, .. }, decision) in waiting.into_iter().zip(&decisions) {
             run.settle();
+            if !is_all_stored(decision) {
+                run.forget_latest();
+            }
             run.device.see(run.receive_time);
             if let Some(lead) = run.lead(self.time_skew_max) {
                 self.clocks.see(&run.device, lead, run.receive_time);
@@ -77,8 +80,7 @@ impl Announcer {
                 continue;
             }
             let run = &mut runs[entry.run];
-            let readings = run.take_latest(&entry.batches).map_or_else(|| EntryLatest::In(row.batch.clone()), EntryLatest::Found);
-            latest.push((position, run.device.clone(), readings));
+            latest.push((position, run.device.clone(), run.take_latest(&entry.batches, &row.batch)));
             tail.push(TailEntry {
                 position,
                 device: run.device.clone(),
@@ -101,6 +103,10 @@ impl Announcer {
     }
 }
 
+fn is_all_stored(decision: &Result<Vec<Reply>, Error>) -> bool {
+    decision.as_ref().is_ok_and(|replies| replies.iter().all(|reply| matches!(reply.outcome, Outcome::Stored { .. })))
+}
+
 /// An entry of the log: consecutive batches of one run. Encoded batches one behind the other are one batch with the frames
 /// of all (protobuf concatenates repeated fields), so that nothing is encoded again.
 pub(super) struct Entry {
@@ -117,8 +123,10 @@ impl Entry {
         Self { run, batches: number..number + 1, bytes: batch.range.clone(), stream_key, last_sequence: batch.sequence, summary }
     }
 
-    pub fn goes_on_with(&self, next: &Self) -> bool {
-        self.run == next.run && self.batches.end == next.batches.start && self.last_sequence + 1 == next.last_sequence
+    /// Whether the next one can be part of this one, and is better so: one of at most `bytes_enough` bytes does not grow beyond them.
+    pub fn goes_on_with(&self, next: &Self, bytes_enough: usize) -> bool {
+        let follows = self.run == next.run && self.batches.end == next.batches.start && self.last_sequence + 1 == next.last_sequence;
+        follows && (self.bytes.len() > bytes_enough || next.bytes.end - self.bytes.start <= bytes_enough)
     }
 
     pub fn extend(&mut self, next: &Self) {
@@ -128,10 +136,18 @@ impl Entry {
         self.summary = self.summary.and(next.summary);
     }
 
-    pub fn row(&self, Submitted { run, bytes, .. }: &Submitted) -> NewLogRow {
-        let batch = bytes.slice(self.bytes.clone());
-        // As long as it is in the live tail a small part would hold all of the run, of which most was not stored.
-        let batch = if batch.len() < bytes.len() / 2 { Bytes::copy_from_slice(&batch) } else { batch };
+    /// The rows of all entries of one run.
+    pub fn rows<'a>(entries: &'a [Self], Submitted { run, bytes, .. }: &'a Submitted) -> impl Iterator<Item = NewLogRow> + 'a {
+        // As long as they are in the live tail a small part would hold all of the run, of which most was not stored.
+        let stored: usize = entries.iter().map(|entry| entry.bytes.len()).sum();
+        let is_small_part = stored < bytes.len() / 2;
+        entries.iter().map(move |entry| {
+            let batch = bytes.slice(entry.bytes.clone());
+            entry.row(run, if is_small_part { Bytes::copy_from_slice(&batch) } else { batch })
+        })
+    }
+
+    fn row(&self, run: &Run, batch: Bytes) -> NewLogRow {
         NewLogRow {
             device: run.device.key,
             stream_key: self.stream_key,

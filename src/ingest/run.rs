@@ -4,6 +4,7 @@ use super::{Ingest, Lane, Outcome, Pending, Reply, admission::Permit};
 use crate::{
     error::Error,
     fleet::{Device, Sensors, account::Waiting},
+    live::EntryLatest,
     model::{
         BatchReject, BatchSummary, CheckedBatch, LatestReadings, StreamId, Timestamp,
         batch::{BatchSensors, RejectReason, SensorUse, reason_name},
@@ -292,9 +293,17 @@ impl Run {
         Ok(Checked { summary, new_sensors })
     }
 
-    /// The latest readings of all of its batches together, if they are known and `stored` are all of its batches.
-    pub(super) fn take_latest(&mut self, stored: &Range<usize>) -> Option<LatestReadings> {
-        if *stored == (0..self.len()) { self.latest.take() } else { None }
+    /// Not all of its batches are stored: what is known of the latest readings of all together is of no use.
+    pub(super) fn forget_latest(&mut self) {
+        self.latest = None;
+    }
+
+    /// What the entry of the log with these of its batches has for the latest values. What is known of all together comes with the last.
+    pub(super) fn take_latest(&mut self, batches: &Range<usize>, entry: &Bytes) -> EntryLatest {
+        if self.latest.is_some() && batches.end < self.len() {
+            return EntryLatest::Later;
+        }
+        self.latest.take().map_or_else(|| EntryLatest::In(entry.clone()), EntryLatest::Found)
     }
 
     /// Nothing more is added to it.

@@ -280,7 +280,8 @@ impl Writer {
         if !group.rejections.is_empty() {
             tx.reject(&group.rejections, self.rejected_kept_max).await?;
         }
-        let rows: Vec<NewLogRow> = group.entries.iter().map(|entry| entry.row(&waiting[entry.run])).collect();
+        let of_runs = group.entries.chunk_by(|entry, next| entry.run == next.run);
+        let rows: Vec<NewLogRow> = of_runs.flat_map(|entries| Entry::rows(entries, &waiting[entries[0].run])).collect();
         // Last, as all other gateways that append wait from here to the commit.
         let first = if rows.is_empty() { Position(0) } else { tx.append(&rows).await? };
         Ok(Some((first, rows)))
@@ -323,7 +324,7 @@ impl Writer {
                 Place::Next => match self.judge(tx, group, run, batch).await? {
                     Ok(summary) => {
                         change.stored.add(batch.readings());
-                        group.add_entry(Entry::new(index, number, change.key, batch, summary));
+                        group.add_entry(Entry::new(index, number, change.key, batch, summary), self.store.entry_bytes_max());
                         Outcome::Stored { readings: batch.readings() }
                     }
                     Err(reject) => {
@@ -369,7 +370,7 @@ impl Writer {
         };
         tx.uncount_rejected(run.device.key, &reason, counted).await?;
         change.stored.add(batch.readings());
-        group.add_entry(Entry::new(index, 0, change.key, batch, summary));
+        group.add_entry(Entry::new(index, 0, change.key, batch, summary), self.store.entry_bytes_max());
         Ok(Outcome::Stored { readings: batch.readings() })
     }
 
@@ -504,9 +505,9 @@ impl Group {
     }
 
     /// Adds an entry, as part of the last one if it goes on where that one ends.
-    fn add_entry(&mut self, entry: Entry) {
+    fn add_entry(&mut self, entry: Entry, bytes_max: usize) {
         match self.entries.last_mut() {
-            Some(last) if last.goes_on_with(&entry) => last.extend(&entry),
+            Some(last) if last.goes_on_with(&entry, bytes_max) => last.extend(&entry),
             _ => self.entries.push(entry),
         }
     }

@@ -14,6 +14,7 @@ use crate::{
     store::test_databases,
 };
 use proptest::prelude::*;
+use std::ops::RangeInclusive;
 use tempfile::TempDir;
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -98,6 +99,69 @@ async fn what_a_commit_of_unknown_outcome_stored_is_told_when_the_store_is_back(
     assert_eq!(device.sensor("t").map(|sensor| sensor.kind), Some(crate::model::ValueKind::Double));
     let (position, found) = latest.snapshot(|_| true);
     assert_eq!((position, found.len()), (Position(1), 1));
+}
+
+/// Two runs of one stream: five batches of 2 KiB, then two of 16 KiB. Returns the bytes of the log's entries, in KiB.
+///
+/// Guarantee: whatever entries a run becomes, followers are shown all of it, and the latest readings are those of its last batch.
+async fn check_entries(storage: Storage) -> Vec<usize> {
+    let config = Config { storage, ..Config::default() };
+    let store = Store::open(&config.storage).await.expect("opened");
+    let registry = Registry::new(store.clone(), true, 10);
+    let device = registry.get_or_register(&DeviceId::parse("pump-1").expect("good")).await.expect("registered");
+    let tail = Arc::new(Tail::new(Position(0), 1 << 20));
+    let _somebody_follows = tail.head();
+    let latest = Arc::new(Latest::load(&store, &registry).await.expect("read"));
+    let (ingest, writer) =
+        writer(&config, store.clone(), registry.clone(), tail.clone(), latest.clone(), &Metrics::new(), Readiness::starting(&[]));
+    let writing = tokio::spawn(writer.run());
+
+    let stream_id = StreamId::new();
+    let runs: [(RangeInclusive<u64>, usize); 2] = [(1..=5, 2 << 10), (6..=7, 16 << 10)];
+    let mut sent = Vec::new();
+    for (sequences, bytes) in runs {
+        let mut batches = sequences.clone().map(|sequence| {
+            let one = batch(sequence, Content::Good);
+            Envelope { sequence, batch: one.repeat(bytes / one.len()).into(), ..Envelope::default() }
+        });
+        let first = batches.next().expect("there is one");
+        sent.extend_from_slice(&first.batch);
+        let mut run = ingest.begin(&device, stream_id, Lane::Live, first).await.expect("admitted");
+        for envelope in batches {
+            sent.extend_from_slice(&envelope.batch);
+            ingest.add(&mut run, envelope).expect("there is room");
+        }
+        let replies = ingest.submit(run).await.expect("admitted").replies().await.expect("answered");
+        assert_eq!(replies.last().expect("there are some").durable_through, *sequences.end());
+    }
+    let TailRead::Entries(shown) = tail.read(Position(0), 100, usize::MAX) else { panic!("followers were told nothing") };
+    assert_eq!(shown.iter().map(|entry| entry.batches).sum::<u64>(), 7);
+    assert_eq!(shown.iter().flat_map(|entry| entry.batch.to_vec()).collect::<Vec<_>>(), sent);
+    let found = |latest: &Latest| {
+        let (position, found) = latest.snapshot(|_| true);
+        (position, found.iter().flat_map(|found| found.batches(|_| true)).collect::<Vec<_>>())
+    };
+    let in_log = Latest::load(&store, &registry).await.expect("read");
+    assert_eq!(found(&latest), found(&in_log));
+
+    let log = store.read_log(Position(0), 100, usize::MAX).await.expect("read");
+    drop(ingest);
+    writing.await.expect("no panic");
+    store.close().await;
+    log.iter().map(|row| row.batch.len().div_ceil(1 << 10)).collect()
+}
+
+#[tokio::test]
+async fn a_run_is_one_entry() {
+    let directory = TempDir::new().expect("a temporary directory");
+    assert_eq!(check_entries(test_databases::sqlite(directory.path())).await, [10, 32]);
+}
+
+#[tokio::test]
+async fn on_postgres_entries_fit_a_page_unless_one_of_their_batches_does_not() {
+    if let Some(storage) = test_databases::postgres() {
+        assert_eq!(check_entries(storage).await, [6, 4, 32]);
+    }
 }
 
 async fn check_on(steps: Vec<Step>, storage: Storage) {

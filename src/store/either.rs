@@ -108,6 +108,14 @@ impl Store {
         matches!(self, Self::Postgres(_))
     }
 
+    /// How many bytes of batches an entry of the log may have where it could have less: larger ones cost more.
+    pub fn entry_bytes_max(&self) -> usize {
+        match self {
+            Self::Sqlite(_) => usize::MAX,
+            Self::Postgres(_) => postgres::ENTRY_BYTES_MAX,
+        }
+    }
+
     /// What other gateways on the same database change from now on; `None` where there are no others.
     pub async fn changes(&self) -> Result<Option<PostgresChanges>, StoreError> {
         match self {

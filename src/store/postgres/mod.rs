@@ -33,6 +33,10 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
+/// How many bytes of batches fill one of the server's pages (8 KiB) with the rest of the entry: what is longer goes out of line, in pieces of
+/// 2 KB that have an index.
+pub(super) const ENTRY_BYTES_MAX: usize = 8_000;
+
 /// What the server does with a connection whose gateway is gone in the middle of a transaction: nobody waits longer for its locks.
 const ABANDONED_TRANSACTION_TIMEOUT: &str = "10s";
 /// How long a statement waits for what another transaction has locked: longer than that of a gateway that is gone has it.
@@ -285,6 +289,19 @@ mod tests {
     };
     use bytes::Bytes;
 
+    fn row(number: u8, bytes: usize) -> NewLogRow {
+        let now = Timestamp::now();
+        NewLogRow {
+            device: DeviceKey(1),
+            stream_key: 1,
+            batches: 1,
+            last_sequence: number.into(),
+            receive_time: now,
+            summary: BatchSummary { readings: 1, first_time: now, last_time: now },
+            batch: Bytes::from(vec![number; bytes]),
+        }
+    }
+
     #[tokio::test]
     async fn an_append_waits_for_nothing_else_that_its_gateway_writes() {
         let Some(storage) = test_databases::postgres() else { return };
@@ -320,17 +337,7 @@ mod tests {
     async fn what_is_appended_in_parts_has_positions_one_after_the_other() {
         let Some(storage) = test_databases::postgres() else { return };
         let store = PostgresStore::open(&storage).await.expect("opened");
-        let now = Timestamp::now();
-        let row = |number: u8| NewLogRow {
-            device: DeviceKey(1),
-            stream_key: 1,
-            batches: 1,
-            last_sequence: number.into(),
-            receive_time: now,
-            summary: BatchSummary { readings: 1, first_time: now, last_time: now },
-            batch: Bytes::from(vec![number; 300 << 10]),
-        };
-        let rows: Vec<NewLogRow> = (1..=5).map(row).collect();
+        let rows: Vec<NewLogRow> = (1..=5).map(|number| row(number, 300 << 10)).collect();
         let mut tx = store.begin_append().await.expect("begun");
         let firsts = [tx.append(&rows).await.expect("appended"), tx.append(&rows[..1]).await.expect("appended")];
         assert_eq!(firsts, [Position(1), Position(6)]);
@@ -341,6 +348,22 @@ mod tests {
             read,
             [1, 2, 3, 4, 5, 1].into_iter().zip(1..).map(|(number, position)| (position, number, 300 << 10)).collect::<Vec<_>>()
         );
+        store.close().await;
+    }
+
+    #[tokio::test]
+    async fn an_entry_that_fits_a_page_stays_in_it() {
+        let Some(storage) = test_databases::postgres() else { return };
+        let store = PostgresStore::open(&storage).await.expect("opened");
+        let mut connection = PgConnection::connect(storage.url.expose()).await.expect("connected");
+        for (bytes, goes_out_of_line) in [(ENTRY_BYTES_MAX, false), (ENTRY_BYTES_MAX + 200, true)] {
+            let mut tx = store.begin_append().await.expect("begun");
+            tx.append(&[row(1, bytes)]).await.expect("appended");
+            tx.commit_then(|_| ()).await.expect("committed");
+            let out_of_line = "SELECT pg_relation_size(reltoastrelid) FROM pg_class WHERE relname = 'log'";
+            let out_of_line: i64 = sqlx::query_scalar(out_of_line).fetch_one(&mut connection).await.expect("read");
+            assert_eq!(out_of_line > 0, goes_out_of_line, "{bytes} bytes");
+        }
         store.close().await;
     }
 }

@@ -1,0 +1,1 @@
+-- Nothing: what is long follows its row in any case. The number is that of a migration of PostgreSQL.
