@@ -220,8 +220,9 @@ impl Upkeep {
         if !age.is_zero() {
             self.expire_before(Timestamp::now().saturating_sub(age).micros(), until).await?;
         }
-        let bytes_max = self.history.retention_bytes_max;
-        while bytes_max > 0 && self.store.used_bytes().await? > bytes_max && self.delete_oldest(None, until).await? > 0 {}
+        if self.history.retention_bytes_max > 0 {
+            self.expire_beyond(self.history.retention_bytes_max, until).await?;
+        }
         // What the log has left comes in again until the next round, if the devices go on: a file that becomes shorter and longer again and again
         // keeps the disk busy. If they do not, the next round gives it back.
         let kept = FREE_BYTES_KEPT.max(self.store.used_bytes().await? / 8) + KEPT_OF_PRUNED * self.pruned_bytes;
@@ -236,6 +237,26 @@ impl Upkeep {
 
     pub(super) async fn expire_before(&self, time: i64, until: Instant) -> Result<(), StoreError> {
         while self.delete_oldest(Some(time), until).await? > 0 {}
+        Ok(())
+    }
+
+    /// To count what is used may take as long as many deletions: it is done after those that are expected to free half of what is too much.
+    async fn expire_beyond(&self, bytes_max: u64, until: Instant) -> Result<(), StoreError> {
+        let (mut used, mut deletions) = (self.store.used_bytes().await?, 1);
+        while used > bytes_max {
+            for _ in 0..deletions {
+                if self.delete_oldest(None, until).await? == 0 {
+                    return Ok(());
+                }
+            }
+            let left = self.store.used_bytes().await?;
+            deletions = match used.saturating_sub(left) / deletions {
+                // More came in meanwhile.
+                0 => 1,
+                freed_by_one => (left.saturating_sub(bytes_max) / freed_by_one / 2).max(1),
+            };
+            used = left;
+        }
         Ok(())
     }
 

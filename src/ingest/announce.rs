@@ -80,7 +80,9 @@ impl Announcer {
                 continue;
             }
             let run = &mut runs[entry.run];
-            latest.push((position, run.device.clone(), run.take_latest(&entry.batches, &row.batch)));
+            if let Some(found) = run.take_latest(&entry.batches, &row.batch) {
+                latest.push((position, run.device.clone(), found));
+            }
             tail.push(TailEntry {
                 position,
                 device: run.device.clone(),
@@ -123,10 +125,10 @@ impl Entry {
         Self { run, batches: number..number + 1, bytes: batch.range.clone(), stream_key, last_sequence: batch.sequence, summary }
     }
 
-    /// Whether the next one can be part of this one, and is better so: one of at most `bytes_enough` bytes does not grow beyond them.
-    pub fn goes_on_with(&self, next: &Self, bytes_enough: usize) -> bool {
+    /// Whether the next one becomes part of this one: not if this one is kept in line as it is, and would not be with it.
+    pub fn goes_on_with(&self, next: &Self, in_line_bytes_max: usize) -> bool {
         let follows = self.run == next.run && self.batches.end == next.batches.start && self.last_sequence + 1 == next.last_sequence;
-        follows && (self.bytes.len() > bytes_enough || next.bytes.end - self.bytes.start <= bytes_enough)
+        follows && (self.bytes.len() > in_line_bytes_max || next.bytes.end - self.bytes.start <= in_line_bytes_max)
     }
 
     pub fn extend(&mut self, next: &Self) {

@@ -298,12 +298,13 @@ impl Run {
         self.latest = None;
     }
 
-    /// What the entry of the log with these of its batches has for the latest values. What is known of all together comes with the last.
-    pub(super) fn take_latest(&mut self, batches: &Range<usize>, entry: &Bytes) -> EntryLatest {
+    /// What the entry of the log with these of its batches has for the latest values; `None` where a later one of its entries has it too, as
+    /// what is known is of all of its batches together. Were not all stored, that is to be forgotten before.
+    pub(super) fn take_latest(&mut self, batches: &Range<usize>, entry: &Bytes) -> Option<EntryLatest> {
         if self.latest.is_some() && batches.end < self.len() {
-            return EntryLatest::Later;
+            return None;
         }
-        self.latest.take().map_or_else(|| EntryLatest::In(entry.clone()), EntryLatest::Found)
+        Some(self.latest.take().map_or_else(|| EntryLatest::In(entry.clone()), EntryLatest::Found))
     }
 
     /// Nothing more is added to it.

@@ -324,7 +324,7 @@ impl Writer {
                 Place::Next => match self.judge(tx, group, run, batch).await? {
                     Ok(summary) => {
                         change.stored.add(batch.readings());
-                        group.add_entry(Entry::new(index, number, change.key, batch, summary), self.store.entry_bytes_max());
+                        group.add_entry(Entry::new(index, number, change.key, batch, summary), self.store.in_line_bytes_max());
                         Outcome::Stored { readings: batch.readings() }
                     }
                     Err(reject) => {
@@ -370,7 +370,7 @@ impl Writer {
         };
         tx.uncount_rejected(run.device.key, &reason, counted).await?;
         change.stored.add(batch.readings());
-        group.add_entry(Entry::new(index, 0, change.key, batch, summary), self.store.entry_bytes_max());
+        group.add_entry(Entry::new(index, 0, change.key, batch, summary), self.store.in_line_bytes_max());
         Ok(Outcome::Stored { readings: batch.readings() })
     }
 
@@ -505,9 +505,9 @@ impl Group {
     }
 
     /// Adds an entry, as part of the last one if it goes on where that one ends.
-    fn add_entry(&mut self, entry: Entry, bytes_max: usize) {
+    fn add_entry(&mut self, entry: Entry, in_line_bytes_max: usize) {
         match self.entries.last_mut() {
-            Some(last) if last.goes_on_with(&entry, bytes_max) => last.extend(&entry),
+            Some(last) if last.goes_on_with(&entry, in_line_bytes_max) => last.extend(&entry),
             _ => self.entries.push(entry),
         }
     }

@@ -10,11 +10,12 @@ use crate::{
         rules::{Content, Running, STREAMS, Sent, Step, batch, check},
     },
     live::tail::TailRead,
-    model::{CheckedBatch, DeviceId, Timestamp, batch::BatchSensors},
+    model::{CheckedBatch, DeviceId, Timestamp, batch::BatchSensors, columns::Values},
+    pb,
     store::test_databases,
 };
 use proptest::prelude::*;
-use std::ops::RangeInclusive;
+use prost::Message;
 use tempfile::TempDir;
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -101,10 +102,20 @@ async fn what_a_commit_of_unknown_outcome_stored_is_told_when_the_store_is_back(
     assert_eq!((position, found.len()), (Position(1), 1));
 }
 
-/// Two runs of one stream: five batches of 2 KiB, then two of 16 KiB. Returns the bytes of the log's entries, in KiB.
+/// A batch of about so many bytes with one sensor, whose last reading is so many seconds after the epoch.
+fn batch_of(sensor: &str, seconds: i64, bytes: usize) -> Vec<u8> {
+    let values: Vec<f64> = (0..bytes / 9).map(|nth| nth as f64).collect();
+    let base_time_us = seconds * 1_000_000 - values.len() as i64 + 1;
+    let column = pb::Column { sensor: sensor.into(), unit: "Cel".into(), values: Some(Values::Double(values.clone()).into()) };
+    let frame = pb::Frame { base_time_us, time_deltas_us: vec![1; values.len() - 1], columns: vec![column], ..Default::default() };
+    pb::Batch { frames: vec![frame] }.encode_to_vec()
+}
+
+/// Sends runs of one stream, each given by the bytes of its batches, of which the first has a sensor that the others lack and the second the
+/// latest time of all. Returns how many batches each entry of the log has that they become.
 ///
-/// Guarantee: whatever entries a run becomes, followers are shown all of it, and the latest readings are those of its last batch.
-async fn check_entries(storage: Storage) -> Vec<usize> {
+/// Guarantee: whatever entries a run becomes, followers are shown all of it, and the latest readings are those of all of its batches.
+async fn check_entries(storage: Storage, runs: &[&[usize]]) -> Vec<u64> {
     let config = Config { storage, ..Config::default() };
     let store = Store::open(&config.storage).await.expect("opened");
     let registry = Registry::new(store.clone(), true, 10);
@@ -116,51 +127,55 @@ async fn check_entries(storage: Storage) -> Vec<usize> {
         writer(&config, store.clone(), registry.clone(), tail.clone(), latest.clone(), &Metrics::new(), Readiness::starting(&[]));
     let writing = tokio::spawn(writer.run());
 
-    let stream_id = StreamId::new();
-    let runs: [(RangeInclusive<u64>, usize); 2] = [(1..=5, 2 << 10), (6..=7, 16 << 10)];
-    let mut sent = Vec::new();
-    for (sequences, bytes) in runs {
-        let mut batches = sequences.clone().map(|sequence| {
-            let one = batch(sequence, Content::Good);
-            Envelope { sequence, batch: one.repeat(bytes / one.len()).into(), ..Envelope::default() }
+    let (stream_id, mut sequences, mut sent) = (StreamId::new(), 1.., Vec::new());
+    // The first run has the sensors registered: what a run's latest readings are is known of those that are.
+    let registering: &[usize] = &[100, 100];
+    for (number, bytes) in std::iter::once(&registering).chain(runs).enumerate() {
+        let mut envelopes = bytes.iter().enumerate().zip(&mut sequences).map(|((nth, bytes), sequence)| {
+            let (sensor, later) = ([("a", 0), ("b", 9)]).get(nth).copied().unwrap_or(("b", nth as i64 - 2));
+            Envelope { sequence, batch: batch_of(sensor, 10 * number as i64 + later + 1, *bytes).into(), ..Envelope::default() }
         });
-        let first = batches.next().expect("there is one");
+        let first = envelopes.next().expect("there is one");
         sent.extend_from_slice(&first.batch);
         let mut run = ingest.begin(&device, stream_id, Lane::Live, first).await.expect("admitted");
-        for envelope in batches {
+        for envelope in envelopes {
             sent.extend_from_slice(&envelope.batch);
             ingest.add(&mut run, envelope).expect("there is room");
         }
         let replies = ingest.submit(run).await.expect("admitted").replies().await.expect("answered");
-        assert_eq!(replies.last().expect("there are some").durable_through, *sequences.end());
+        assert!(replies.iter().all(|reply| matches!(reply.outcome, Outcome::Stored { .. })), "{replies:?}");
+        let found = |latest: &Latest| {
+            let (position, found) = latest.snapshot(|_| true);
+            (position, found.iter().flat_map(|found| found.batches(|_| true)).collect::<Vec<_>>())
+        };
+        let in_log = Latest::load(&store, &registry).await.expect("read");
+        assert_eq!(found(&latest), found(&in_log), "run {number}");
     }
     let TailRead::Entries(shown) = tail.read(Position(0), 100, usize::MAX) else { panic!("followers were told nothing") };
-    assert_eq!(shown.iter().map(|entry| entry.batches).sum::<u64>(), 7);
     assert_eq!(shown.iter().flat_map(|entry| entry.batch.to_vec()).collect::<Vec<_>>(), sent);
-    let found = |latest: &Latest| {
-        let (position, found) = latest.snapshot(|_| true);
-        (position, found.iter().flat_map(|found| found.batches(|_| true)).collect::<Vec<_>>())
-    };
-    let in_log = Latest::load(&store, &registry).await.expect("read");
-    assert_eq!(found(&latest), found(&in_log));
 
     let log = store.read_log(Position(0), 100, usize::MAX).await.expect("read");
     drop(ingest);
     writing.await.expect("no panic");
     store.close().await;
-    log.iter().map(|row| row.batch.len().div_ceil(1 << 10)).collect()
+    let batches: Vec<u64> = log.iter().map(|row| row.batches).collect();
+    assert_eq!(shown.iter().map(|entry| entry.batches).collect::<Vec<_>>(), batches);
+    batches[1..].to_vec()
 }
+
+const KB: usize = 1_000;
+const RUNS: [&[usize]; 3] = [&[2 * KB; 9], &[12 * KB; 2], &[3 * KB, 12 * KB, KB]];
 
 #[tokio::test]
 async fn a_run_is_one_entry() {
     let directory = TempDir::new().expect("a temporary directory");
-    assert_eq!(check_entries(test_databases::sqlite(directory.path())).await, [10, 32]);
+    assert_eq!(check_entries(test_databases::sqlite(directory.path()), &RUNS).await, [9, 2, 3]);
 }
 
 #[tokio::test]
 async fn on_postgres_entries_fit_a_page_unless_one_of_their_batches_does_not() {
     if let Some(storage) = test_databases::postgres() {
-        assert_eq!(check_entries(storage).await, [6, 4, 32]);
+        assert_eq!(check_entries(storage, &RUNS).await, [3, 3, 3, 2, 1, 2]);
     }
 }
 

@@ -55,8 +55,6 @@ pub enum EntryLatest {
     Found(LatestReadings),
     /// What is to be found in its batches. All of their sensors are in the registry: a batch's are, before the batch is anywhere.
     In(Bytes),
-    /// What comes with a later one of the same device and group.
-    Later,
 }
 
 /// The latest readings of a device as of one moment.
@@ -145,7 +143,6 @@ impl Latest {
                 added = Err(error);
                 Vec::new()
             }),
-            EntryLatest::Later => Vec::new(),
         };
         let entries = entries.into_iter().map(|(position, device, latest)| (position, found(&device, latest), device));
         let entries: Vec<(Position, Vec<LatestReading>, Arc<Device>)> = entries.collect();

@@ -108,11 +108,11 @@ impl Store {
         matches!(self, Self::Postgres(_))
     }
 
-    /// How many bytes of batches an entry of the log may have where it could have less: larger ones cost more.
-    pub fn entry_bytes_max(&self) -> usize {
+    /// Up to how many bytes of batches an entry of the log is kept in line with the rest of its row; a larger one costs more.
+    pub fn in_line_bytes_max(&self) -> usize {
         match self {
             Self::Sqlite(_) => usize::MAX,
-            Self::Postgres(_) => postgres::ENTRY_BYTES_MAX,
+            Self::Postgres(_) => postgres::IN_LINE_BYTES_MAX,
         }
     }
 

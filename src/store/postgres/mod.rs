@@ -33,9 +33,9 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
-/// How many bytes of batches fill one of the server's pages (8 KiB) with the rest of the entry: what is longer goes out of line, in pieces of
-/// 2 KB that have an index.
-pub(super) const ENTRY_BYTES_MAX: usize = 8_000;
+/// Up to how many bytes of batches an entry of the log fits one of the server's pages of 8 KiB, with some room for further columns. What is
+/// longer goes out of line, in pieces of 2 KB that have an index.
+pub(super) const IN_LINE_BYTES_MAX: usize = 8_000;
 
 /// What the server does with a connection whose gateway is gone in the middle of a transaction: nobody waits longer for its locks.
 const ABANDONED_TRANSACTION_TIMEOUT: &str = "10s";
@@ -356,7 +356,7 @@ mod tests {
         let Some(storage) = test_databases::postgres() else { return };
         let store = PostgresStore::open(&storage).await.expect("opened");
         let mut connection = PgConnection::connect(storage.url.expose()).await.expect("connected");
-        for (bytes, goes_out_of_line) in [(ENTRY_BYTES_MAX, false), (ENTRY_BYTES_MAX + 200, true)] {
+        for (bytes, goes_out_of_line) in [(IN_LINE_BYTES_MAX, false), (IN_LINE_BYTES_MAX + 200, true)] {
             let mut tx = store.begin_append().await.expect("begun");
             tx.append(&[row(1, bytes)]).await.expect("appended");
             tx.commit_then(|_| ()).await.expect("committed");
