@@ -26,6 +26,30 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..12)
 }
 
+/// A device, and a writer that does not run yet, on a new database.
+struct Fixture {
+    store: Store,
+    registry: Registry,
+    device: Arc<Device>,
+    tail: Arc<Tail>,
+    latest: Arc<Latest>,
+    ingest: Ingest,
+    writer: Writer,
+}
+
+impl Fixture {
+    async fn open(config: &Config) -> Self {
+        let store = Store::open(&config.storage).await.expect("opened");
+        let registry = Registry::new(store.clone(), true, 10);
+        let device = registry.get_or_register(&DeviceId::parse("pump-1").expect("good")).await.expect("registered");
+        let tail = Arc::new(Tail::new(Position(0), 1 << 20));
+        let latest = Arc::new(Latest::load(&store, &registry).await.expect("read"));
+        let readiness = Readiness::starting(&[]);
+        let (ingest, writer) = writer(config, store.clone(), registry.clone(), tail.clone(), latest.clone(), &Metrics::new(), readiness);
+        Self { store, registry, device, tail, latest, ingest, writer }
+    }
+}
+
 /// Scenario: much waits for its commit. Guarantee: a call with small batches hands in nothing more until its own run is committed.
 #[tokio::test]
 async fn where_much_waits_a_call_with_small_batches_has_one_run_at_a_time() {
@@ -33,12 +57,7 @@ async fn where_much_waits_a_call_with_small_batches_has_one_run_at_a_time() {
     let mut config = Config::default();
     config.storage.data_dir = directory.path().into();
     config.ingest.pending_bytes_max = 64 << 10;
-    let store = Store::open(&config.storage).await.expect("opened");
-    let registry = Registry::new(store.clone(), true, 10);
-    let device = registry.get_or_register(&DeviceId::parse("pump-1").expect("good")).await.expect("registered");
-    let tail = Arc::new(Tail::new(Position(0), 1 << 20));
-    let latest = Arc::new(Latest::load(&store, &registry).await.expect("read"));
-    let (ingest, _writer) = writer(&config, store.clone(), registry, tail, latest, &Metrics::new(), Readiness::starting(&[]));
+    let Fixture { store, device, ingest, writer: _writer, .. } = Fixture::open(&config).await;
     let begin = async |batch: Vec<u8>| {
         let envelope = Envelope { sequence: 1, batch: batch.into(), ..Envelope::default() };
         ingest.begin(&device, StreamId::new(), Lane::Live, envelope).await.expect("room")
@@ -64,14 +83,8 @@ async fn what_a_commit_of_unknown_outcome_stored_is_told_when_the_store_is_back(
     let directory = TempDir::new().expect("a temporary directory");
     let mut config = Config::default();
     config.storage.data_dir = directory.path().into();
-    let store = Store::open(&config.storage).await.expect("opened");
-    let registry = Registry::new(store.clone(), true, 10);
-    let device = registry.get_or_register(&DeviceId::parse("pump-1").expect("good")).await.expect("registered");
-    let tail = Arc::new(Tail::new(Position(0), 1 << 20));
+    let Fixture { store, device, tail, latest, writer, .. } = Fixture::open(&config).await;
     let _somebody_follows = tail.head();
-    let latest = Arc::new(Latest::load(&store, &registry).await.expect("read"));
-    let readiness = Readiness::starting(&[]);
-    let (_, writer) = writer(&config, store.clone(), registry, tail.clone(), latest.clone(), &Metrics::new(), readiness);
 
     let bytes: bytes::Bytes = batch(1, Content::Good).into();
     let now = Timestamp::now();
@@ -117,14 +130,8 @@ fn batch_of(sensor: &str, seconds: i64, bytes: usize) -> Vec<u8> {
 /// Guarantee: whatever entries a run becomes, followers are shown all of it, and the latest readings are those of all of its batches.
 async fn check_entries(storage: Storage, runs: &[&[usize]]) -> Vec<u64> {
     let config = Config { storage, ..Config::default() };
-    let store = Store::open(&config.storage).await.expect("opened");
-    let registry = Registry::new(store.clone(), true, 10);
-    let device = registry.get_or_register(&DeviceId::parse("pump-1").expect("good")).await.expect("registered");
-    let tail = Arc::new(Tail::new(Position(0), 1 << 20));
+    let Fixture { store, registry, device, tail, latest, ingest, writer } = Fixture::open(&config).await;
     let _somebody_follows = tail.head();
-    let latest = Arc::new(Latest::load(&store, &registry).await.expect("read"));
-    let (ingest, writer) =
-        writer(&config, store.clone(), registry.clone(), tail.clone(), latest.clone(), &Metrics::new(), Readiness::starting(&[]));
     let writing = tokio::spawn(writer.run());
 
     let (stream_id, mut sequences, mut sent) = (StreamId::new(), 1.., Vec::new());
