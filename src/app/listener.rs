@@ -66,6 +66,10 @@ const AGE_JITTER: Range<f64> = 0.9..1.1;
 /// How many calls a connection may leave open at no cost: as many as a device has.
 const CALLS_LEFT_FREE: usize = 8;
 
+/// How long calls that begin as their connection is ended for having none are let be: the client did not know. They are served as any other, and
+/// only what goes on for longer is told to go elsewhere.
+const BELATED_LET_BE: Duration = Duration::from_secs(5);
+
 /// How long the calls of a connection whose client certificate was revoked are given to end well.
 const REVOKED_LINGER: Duration = Duration::from_millis(500);
 
@@ -253,7 +257,8 @@ impl Server {
             })?;
             let revoked = peer.as_ref().map(|peer| peer.revoked.clone());
             let draining = stop.drain.child_token();
-            io.linger_when(draining.clone());
+            let ending = draining.child_token();
+            io.linger_when(ending.clone());
             let calls = Arc::new(Calls::default());
             let service = service_fn({
                 let (draining, refused) = (Draining(draining.clone()), calls.refused.clone());
@@ -271,7 +276,10 @@ impl Server {
             tokio::select! {
                 ended = connection.as_mut() => return self.settle(&account, &calls, ended),
                 () = draining.cancelled() => {}
-                () = self.served_its_time(&calls) => draining.cancel(),
+                time = self.served_its_time(&calls) => match time {
+                    Time::Old => draining.cancel(),
+                    Time::Idle => ending.cancel(),
+                },
                 () = revocation(&revoked) => {}
             }
             connection.as_mut().graceful_shutdown();
@@ -279,6 +287,7 @@ impl Server {
                 ended = connection => self.settle(&account, &calls, ended),
                 () = stop.cut.cancelled() => Ok(()),
                 () = async { revocation(&revoked).await; time::sleep(REVOKED_LINGER).await } => Ok(()),
+                () = async { time::sleep(BELATED_LET_BE).await; draining.cancel(); std::future::pending().await } => Ok(()),
                 // At a stop of the whole gateway that decides alone.
                 () = time::sleep(self.config.connection_age_grace), if !stop.drain.is_cancelled() => Ok(()),
             }
@@ -329,7 +338,7 @@ impl Server {
     }
 
     /// Waits until a connection is old, or has had no call for long.
-    async fn served_its_time(&self, calls: &Calls) {
+    async fn served_its_time(&self, calls: &Calls) -> Time {
         let Grpc { idle_timeout, connection_age_max, .. } = self.config;
         let old_at = (!connection_age_max.is_zero()).then(|| Instant::now() + connection_age_max.mul_f64(rand::random_range(AGE_JITTER)));
         loop {
@@ -337,13 +346,23 @@ impl Server {
             let look_at = Instant::now() + idle_timeout;
             time::sleep_until(old_at.map_or(look_at, |old_at| old_at.min(look_at))).await;
             if old_at.is_some_and(|old_at| old_at <= Instant::now()) {
-                return self.metrics.old.increment(1);
+                self.metrics.old.increment(1);
+                return Time::Old;
             }
             if calls.open.load(Relaxed) == 0 && calls.begun.load(Relaxed) == begun {
-                return self.metrics.idle.increment(1);
+                self.metrics.idle.increment(1);
+                return Time::Idle;
             }
         }
     }
+}
+
+/// Why a connection has served its time.
+enum Time {
+    /// It is as old as connections become.
+    Old,
+    /// It had no call for long.
+    Idle,
 }
 
 /// Ends when the client's certificate was revoked; where there is none, never.

@@ -240,22 +240,20 @@ impl Upkeep {
         Ok(())
     }
 
-    /// To count what is used may take as long as many deletions: it is done after those that are expected to free half of what is too much.
+    /// To count what is used may take as long as many deletions: it is done after those that are expected to free half of what is too much, and
+    /// never after more than all before, as what comes in meanwhile is counted, too.
     async fn expire_beyond(&self, bytes_max: u64, until: Instant) -> Result<(), StoreError> {
-        let (mut used, mut deletions) = (self.store.used_bytes().await?, 1);
+        let at_first = self.store.used_bytes().await?;
+        let (mut used, mut deletions) = (at_first, 0);
         while used > bytes_max {
-            for _ in 0..deletions {
+            let next = deletions_for_half(used - bytes_max, at_first.saturating_sub(used), deletions);
+            for _ in 0..next {
                 if self.delete_oldest(None, until).await? == 0 {
                     return Ok(());
                 }
             }
-            let left = self.store.used_bytes().await?;
-            deletions = match used.saturating_sub(left) / deletions {
-                // More came in meanwhile.
-                0 => 1,
-                freed_by_one => (left.saturating_sub(bytes_max) / freed_by_one / 2).max(1),
-            };
-            used = left;
+            deletions += next;
+            used = self.store.used_bytes().await?;
         }
         Ok(())
     }
@@ -275,6 +273,12 @@ impl Upkeep {
         self.merger.metrics.expired_readings.increment(deleted.readings);
         Ok(deleted.batches)
     }
+}
+
+/// How many deletions free half of the bytes that are too much, if so many have freed what they have: at least one, and no more than there were.
+fn deletions_for_half(too_much: u64, freed: u64, deletions: u64) -> u64 {
+    let half = (too_much / 2).min(freed);
+    if freed == 0 { deletions.max(1) } else { (deletions as f64 * half as f64 / freed as f64).max(1.0) as u64 }
 }
 
 /// How fast to go when so many times `history.unmerged_bytes_max` wait.

@@ -2,6 +2,8 @@
 //! back, and memory is bounded meanwhile.
 
 use crate::support::{
+    TestGateway,
+    client::{TestDevice, nth_batch},
     eventually,
     h2_raw::{
         CANCEL, END_HEADERS, END_STREAM, INITIAL_WINDOW_SIZE, RawConnection, WINDOW_MAX, call, call_fields, connect, field, frame, kind,
@@ -11,6 +13,7 @@ use crate::support::{
     soon,
 };
 use futures_util::future::join_all;
+use prost::Message;
 use std::{net::SocketAddr, time::Duration};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -90,6 +93,23 @@ async fn a_connection_that_is_not_read() {
     // Asking may be cut off by the end, which is what is waited for.
     tokio::join!(async { drop(soon("asked", asking).await) }, closing);
     siege.use_for(Duration::from_millis(100)).await;
+}
+
+/// The client has not heard of the end yet when it calls.
+#[tokio::test]
+async fn calls_that_begin_as_their_idle_connection_is_ended_are_served() {
+    let gateway = TestGateway::start_with(|config| config.grpc.idle_timeout = Duration::from_millis(100)).await;
+    let mut connection = open(gateway.grpc, &[]).await.expect("it is idle");
+    let ended = "tidegate_grpc_connections_ended_total{reason=\"idle\"}";
+    eventually("it is told to go", || async { gateway.metric(ended).await.filter(|count| *count >= 1.0) }).await;
+    let devices: Vec<TestDevice> = (0..5).map(|nth| TestDevice::new(&gateway.channel(), &format!("belated-{nth}"))).collect();
+    let calls =
+        streams(5).zip(&devices).map(|(stream, device)| whole_call(stream, UPLOAD, &device.request(1, nth_batch(1)).encode_to_vec()));
+    connection.write.write_all(&calls.collect::<Vec<_>>().concat()).await.expect("it is open");
+    soon("the answers", connection.read.until(|seen| seen.answered == 5)).await;
+    for device in devices {
+        assert_eq!(device.ledger().await.stored.expect("set").batches, 1);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
