@@ -109,8 +109,8 @@ pub enum Error {
         /// What of an upload was stored before.
         accepted: Option<Count>,
     },
-    /// The gateway is being stopped.
-    #[error("the gateway is being stopped: connect again, here or to another gateway")]
+    /// The gateway is being stopped, or the connection has served its time.
+    #[error("the gateway is being stopped, or the connection has served its time: connect again, here or to another gateway")]
     Draining,
     /// The call's deadline passed.
     #[error("the deadline of {0:?} has passed")]

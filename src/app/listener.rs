@@ -66,9 +66,9 @@ const AGE_JITTER: Range<f64> = 0.9..1.1;
 /// How many calls a connection may leave open at no cost: as many as a device has.
 const CALLS_LEFT_FREE: usize = 8;
 
-/// How long calls that begin as their connection is ended for having none are let be: the client did not know. They are served as any other, and
-/// only what goes on for longer is told to go elsewhere.
-const BELATED_LET_BE: Duration = Duration::from_secs(5);
+/// For how long the calls of a connection that has served its time are let be, and for half of their grace at the most: the client that begins one did
+/// not know of the end. Most are over by then, and only what goes on for longer is told to go elsewhere.
+const LET_BE_MAX: Duration = Duration::from_secs(5);
 
 /// How long the calls of a connection whose client certificate was revoked are given to end well.
 const REVOKED_LINGER: Duration = Duration::from_millis(500);
@@ -256,6 +256,7 @@ impl Server {
                 }
             })?;
             let revoked = peer.as_ref().map(|peer| peer.revoked.clone());
+            // The connection takes no more calls when it is ending, and those that it has are told of it when it is draining, too.
             let draining = stop.drain.child_token();
             let ending = draining.child_token();
             io.linger_when(ending.clone());
@@ -276,10 +277,7 @@ impl Server {
             tokio::select! {
                 ended = connection.as_mut() => return self.settle(&account, &calls, ended),
                 () = draining.cancelled() => {}
-                time = self.served_its_time(&calls) => match time {
-                    Time::Old => draining.cancel(),
-                    Time::Idle => ending.cancel(),
-                },
+                () = self.served_its_time(&calls) => ending.cancel(),
                 () = revocation(&revoked) => {}
             }
             connection.as_mut().graceful_shutdown();
@@ -287,11 +285,18 @@ impl Server {
                 ended = connection => self.settle(&account, &calls, ended),
                 () = stop.cut.cancelled() => Ok(()),
                 () = async { revocation(&revoked).await; time::sleep(REVOKED_LINGER).await } => Ok(()),
-                () = async { time::sleep(BELATED_LET_BE).await; draining.cancel(); std::future::pending().await } => Ok(()),
                 // At a stop of the whole gateway that decides alone.
-                () = time::sleep(self.config.connection_age_grace), if !stop.drain.is_cancelled() => Ok(()),
+                () = self.grace(&draining), if !stop.drain.is_cancelled() => Ok(()),
             }
         }
+    }
+
+    /// Waits as long as the calls of a connection that has served its time may take, and tells them of it when some of that is over.
+    async fn grace(&self, draining: &CancellationToken) {
+        let let_be = LET_BE_MAX.min(self.config.connection_age_grace / 2);
+        time::sleep(let_be).await;
+        draining.cancel();
+        time::sleep(self.config.connection_age_grace - let_be).await;
     }
 
     /// Charges what a connection left behind to the address that it came from.
@@ -338,7 +343,7 @@ impl Server {
     }
 
     /// Waits until a connection is old, or has had no call for long.
-    async fn served_its_time(&self, calls: &Calls) -> Time {
+    async fn served_its_time(&self, calls: &Calls) {
         let Grpc { idle_timeout, connection_age_max, .. } = self.config;
         let old_at = (!connection_age_max.is_zero()).then(|| Instant::now() + connection_age_max.mul_f64(rand::random_range(AGE_JITTER)));
         loop {
@@ -346,23 +351,13 @@ impl Server {
             let look_at = Instant::now() + idle_timeout;
             time::sleep_until(old_at.map_or(look_at, |old_at| old_at.min(look_at))).await;
             if old_at.is_some_and(|old_at| old_at <= Instant::now()) {
-                self.metrics.old.increment(1);
-                return Time::Old;
+                return self.metrics.old.increment(1);
             }
             if calls.open.load(Relaxed) == 0 && calls.begun.load(Relaxed) == begun {
-                self.metrics.idle.increment(1);
-                return Time::Idle;
+                return self.metrics.idle.increment(1);
             }
         }
     }
-}
-
-/// Why a connection has served its time.
-enum Time {
-    /// It is as old as connections become.
-    Old,
-    /// It had no call for long.
-    Idle,
 }
 
 /// Ends when the client's certificate was revoked; where there is none, never.

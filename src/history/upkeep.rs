@@ -241,19 +241,20 @@ impl Upkeep {
     }
 
     /// To count what is used may take as long as many deletions: it is done after those that are expected to free half of what is too much, and
-    /// never after more than all before, as what comes in meanwhile is counted, too.
+    /// at the latest after as many as all before. What comes in meanwhile makes a deletion seem to free less, so the most counts that one has freed.
     async fn expire_beyond(&self, bytes_max: u64, until: Instant) -> Result<(), StoreError> {
-        let at_first = self.store.used_bytes().await?;
-        let (mut used, mut deletions) = (at_first, 0);
+        let (mut used, mut deletions, mut freed_by_one) = (self.store.used_bytes().await?, 0, 0);
         while used > bytes_max {
-            let next = deletions_for_half(used - bytes_max, at_first.saturating_sub(used), deletions);
+            let next = deletions_for_half(used - bytes_max, freed_by_one, deletions);
             for _ in 0..next {
                 if self.delete_oldest(None, until).await? == 0 {
                     return Ok(());
                 }
             }
             deletions += next;
-            used = self.store.used_bytes().await?;
+            let left = self.store.used_bytes().await?;
+            freed_by_one = freed_by_one.max(used.saturating_sub(left) / next);
+            used = left;
         }
         Ok(())
     }
@@ -275,10 +276,10 @@ impl Upkeep {
     }
 }
 
-/// How many deletions free half of the bytes that are too much, if so many have freed what they have: at least one, and no more than there were.
-fn deletions_for_half(too_much: u64, freed: u64, deletions: u64) -> u64 {
-    let half = (too_much / 2).min(freed);
-    if freed == 0 { deletions.max(1) } else { (deletions as f64 * half as f64 / freed as f64).max(1.0) as u64 }
+/// How many deletions free half of the bytes that are too much, as far as is known what one frees: at least one, and no more than there were.
+fn deletions_for_half(too_much: u64, freed_by_one: u64, deletions: u64) -> u64 {
+    let half = (too_much / 2).checked_div(freed_by_one).unwrap_or(0);
+    half.clamp(1, deletions.max(1))
 }
 
 /// How fast to go when so many times `history.unmerged_bytes_max` wait.

@@ -120,11 +120,10 @@ async fn the_oldest_go_when_there_is_too_much_and_the_file_becomes_smaller() {
 
 #[test]
 fn what_is_used_is_counted_again_before_too_much_could_be_deleted() {
-    let at = |too_much: u64, freed: u64, deletions: u64| deletions_for_half(too_much * MIB, freed * MIB, deletions);
-    assert_eq!(at(100, 0, 0), 1, "what one frees is not known");
-    assert_eq!([at(99, 1, 1), at(97, 3, 3), at(90, 10, 10)], [1, 3, 10], "at the most as many as before");
-    assert_eq!([at(100, 0, 4), at(1, 0, 4)], [4, 4], "as much came in");
-    assert_eq!([at(60, 60, 60), at(20, 60, 60), at(1, 60, 60)], [30, 10, 1], "half of what is too much");
+    let at = |too_much: u64, freed_by_one: u64, deletions: u64| deletions_for_half(too_much * MIB, freed_by_one * MIB, deletions);
+    assert_eq!([at(100, 0, 0), at(100, 0, 8)], [1, 1], "what one frees is not known");
+    assert_eq!([at(99, 1, 1), at(97, 1, 3), at(90, 1, 10)], [1, 3, 10], "at the most as many as before");
+    assert_eq!([at(60, 1, 60), at(20, 1, 60), at(1, 1, 60)], [30, 10, 1], "half of what is too much");
 }
 
 #[tokio::test]

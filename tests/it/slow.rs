@@ -15,7 +15,12 @@ use crate::support::{
 use futures_util::future::join_all;
 use prost::Message;
 use std::{net::SocketAddr, time::Duration};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tidegate::pb::telemetry_service_client::TelemetryServiceClient;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::mpsc,
+};
+use tokio_stream::wrappers::ReceiverStream;
 
 const UPLOAD: &str = "/tidegate.v1.TelemetryService/Upload";
 const FOLLOW: &str = "/tidegate.v1.LiveService/Follow";
@@ -110,6 +115,22 @@ async fn calls_that_begin_as_their_idle_connection_is_ended_are_served() {
     for device in devices {
         assert_eq!(device.ledger().await.stored.expect("set").batches, 1);
     }
+}
+
+/// Nobody has to be cut off who is told in time.
+#[tokio::test]
+async fn an_upload_on_an_old_connection_is_answered_with_what_is_durable() {
+    let gateway = TestGateway::start_with(|config| {
+        config.grpc.connection_age_max = Duration::from_millis(100);
+        config.grpc.connection_age_grace = Duration::from_secs(6);
+    })
+    .await;
+    let device = TestDevice::new(&gateway.channel(), "pump-1");
+    let (more, requests) = mpsc::channel(1);
+    more.send(device.request(1, nth_batch(1))).await.expect("there is room");
+    let response = soon("the answer", TelemetryServiceClient::new(gateway.channel()).upload(ReceiverStream::new(requests))).await;
+    assert_eq!(response.expect("answered").into_inner().last_durable_sequence, 1);
+    drop(more);
 }
 
 #[tokio::test(flavor = "multi_thread")]
