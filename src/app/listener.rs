@@ -256,7 +256,7 @@ impl Server {
                 }
             })?;
             let revoked = peer.as_ref().map(|peer| peer.revoked.clone());
-            // The connection takes no more calls when it is ending, and those that it has are told of it when it is draining, too.
+            // Ending, the connection goes as soon as it has no calls; draining, these are told to end, too.
             let draining = stop.drain.child_token();
             let ending = draining.child_token();
             io.linger_when(ending.clone());

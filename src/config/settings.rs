@@ -235,7 +235,7 @@ pub static SETTINGS: &[Setting] = &[
     setting(
         "grpc.connection_age_grace",
         seconds(1..=DAY),
-        "How long the calls of a connection that is idle or old may take to end; then they are cut off.",
+        "How long the calls of a connection that is idle or old may take to end. After half of that, 5 s at the most, they are told; then they are cut off.",
     ),
     setting(
         "grpc.control_frames_per_second_max",

@@ -139,7 +139,7 @@ async fn check_entries(storage: Storage, runs: &[&[usize]]) -> Vec<u64> {
     let registering: &[usize] = &[100, 100];
     for (number, bytes) in std::iter::once(&registering).chain(runs).enumerate() {
         let mut envelopes = bytes.iter().enumerate().zip(&mut sequences).map(|((nth, bytes), sequence)| {
-            let (sensor, later) = ([("a", 0), ("b", 9)]).get(nth).copied().unwrap_or(("b", nth as i64 - 2));
+            let (sensor, later) = [("a", 0), ("b", 9)].get(nth).copied().unwrap_or(("b", nth as i64 - 2));
             Envelope { sequence, batch: batch_of(sensor, 10 * number as i64 + later + 1, *bytes).into(), ..Envelope::default() }
         });
         let first = envelopes.next().expect("there is one");

@@ -55,9 +55,8 @@ impl CallTracker {
     }
 }
 
-/// Cancelled when a call's connection takes no more calls, as the gateway is being stopped, or, some
-/// seconds before, the connection has become old or was idle: what could go
-/// on for ever ends then. In the extensions of each request.
+/// Cancelled when the gateway is being stopped, and some seconds after a call's connection has begun to end, as it is old or was idle: what
+/// could go on for ever ends then. In the extensions of each request.
 #[derive(Debug, Clone, Default)]
 pub struct Draining(pub CancellationToken);
 
