@@ -30,7 +30,8 @@ const ROWS_PER_READ: usize = if cfg!(test) { 3 } else { 4_096 };
 /// How many rows a pass reads first, as long as it does not know how large they are.
 const ROWS_OF_FIRST_READ: usize = if cfg!(test) { 3 } else { 16 };
 const BYTES_PER_READ: usize = 128 << 10;
-/// How many bytes of readings a pass holds, about; buffers that grow take up to twice as much.
+/// How many bytes of readings a pass holds, about; buffers that grow take up to twice as much. Where most is done in larger steps it is twice as
+/// many: what a chunk costs is then shared by more readings.
 const PASS_BYTES_MAX: usize = if cfg!(test) { 8 << 10 } else { 16 << 20 };
 /// Of how many sensors the chunks are looked up at once.
 const SENSORS_PER_STEP: usize = if cfg!(test) { 2 } else { 1_024 };
@@ -58,7 +59,7 @@ struct Writes {
 
 impl Writes {
     fn is_full(&self, haste: Haste) -> bool {
-        self.bytes >= BYTES_PER_TRANSACTION || self.new.len() + self.gone.len() >= haste.chunks_per_transaction
+        self.bytes >= BYTES_PER_TRANSACTION * haste.at_once || self.new.len() + self.gone.len() >= haste.chunks_per_transaction
     }
 }
 
@@ -104,7 +105,7 @@ impl Merger {
         let mut readings = 0;
         while sensors.peek().is_some() {
             let began = Instant::now();
-            let mut works = self.plan(take_step(&mut sensors)).await?.into_iter().peekable();
+            let mut works = self.plan(take_step(&mut sensors, haste())).await?.into_iter().peekable();
             haste().rest_from_piece(began).await;
             while works.peek().is_some() {
                 let began = Instant::now();
@@ -126,14 +127,15 @@ impl Merger {
     /// Reads the log behind `merged`, and how far.
     async fn gather(&self, merged: Position, haste: impl Fn() -> Haste) -> Result<(Gather, Position), StoreError> {
         let (mut gather, mut through, mut rows_max) = (Gather::default(), merged, ROWS_OF_FIRST_READ);
-        while gather.bytes() < PASS_BYTES_MAX {
+        while gather.bytes() < PASS_BYTES_MAX * haste().at_once.min(2) {
             let began = Instant::now();
-            let rows = self.store.read_log(through, rows_max, BYTES_PER_READ).await?;
+            let bytes_max = BYTES_PER_READ * haste().at_once;
+            let rows = self.store.read_log(through, rows_max, bytes_max).await?;
             let Some(last) = rows.last() else { break };
             through = last.position;
             // The database reads ahead; so it is not asked for what would be thrown away.
             let bytes: usize = rows.iter().map(|row| row.batch.len()).sum();
-            rows_max = (rows.len() * BYTES_PER_READ / bytes.max(1)).clamp(1, ROWS_PER_READ);
+            rows_max = (rows.len() * bytes_max / bytes.max(1)).clamp(1, ROWS_PER_READ);
             for row in &rows {
                 if !gather.knows(row.device) {
                     gather.introduce(row.device, self.registry.by_key(row.device).await?);
@@ -220,9 +222,9 @@ fn of_sensor(spans: &[ChunkSpan], sensor_key: i64) -> Range<usize> {
 }
 
 /// The next sensors: as many as have [`READINGS_PER_PIECE`], but at least one, and no more than are looked up at once.
-fn take_step(sensors: &mut Peekable<impl Iterator<Item = Gathered>>) -> Vec<Gathered> {
+fn take_step(sensors: &mut Peekable<impl Iterator<Item = Gathered>>, haste: Haste) -> Vec<Gathered> {
     let (mut step, mut readings) = (Vec::new(), 0);
-    while let Some(gathered) = sensors.next_if(|_| readings < READINGS_PER_PIECE && step.len() < SENSORS_PER_STEP) {
+    while let Some(gathered) = sensors.next_if(|_| readings < READINGS_PER_PIECE * haste.at_once && step.len() < SENSORS_PER_STEP) {
         readings += gathered.readings.len();
         step.push(gathered);
     }
@@ -232,7 +234,7 @@ fn take_step(sensors: &mut Peekable<impl Iterator<Item = Gathered>>) -> Vec<Gath
 /// The next works: as many as have [`READINGS_PER_PIECE`], but at least one, and no more than one transaction is to write.
 fn take_part(works: &mut Peekable<impl Iterator<Item = Work>>, haste: Haste) -> Vec<Work> {
     let (mut part, mut readings, mut chunks) = (Vec::new(), 0, 0);
-    while let Some(work) = works.next_if(|_| readings < READINGS_PER_PIECE && chunks < haste.chunks_per_transaction) {
+    while let Some(work) = works.next_if(|_| readings < READINGS_PER_PIECE * haste.at_once && chunks < haste.chunks_per_transaction) {
         readings += work.readings;
         chunks += work.old.len() + 1;
         part.push(work);

@@ -26,7 +26,7 @@ use tempfile::TempDir;
 use tokio::{task::JoinHandle, time::timeout};
 
 const SENSORS: usize = 5;
-const RESTLESS: Haste = Haste { rest: 0.0, leisure: 0.0, chunks_per_transaction: 3 };
+const RESTLESS: Haste = Haste { rest: 0.0, leisure: 0.0, chunks_per_transaction: 3, at_once: 1 };
 
 /// Sensor and time, and the value and what was added to the time.
 type Reading = ((usize, i64), (i64, i64));

@@ -29,6 +29,9 @@ pub struct Haste {
     /// How many chunks a transaction of merging writes and deletes, so that devices do not wait for long: few, or more where merging is
     /// behind, as each transaction has a sync of its own.
     pub chunks_per_transaction: usize,
+    /// How many times as much as usual is read, computed or deleted at once: on a busy machine the threads that do it wait for a processor at each
+    /// step, which may take longer than the step.
+    pub at_once: usize,
 }
 
 impl Haste {
@@ -104,7 +107,7 @@ mod tests {
     use futures_util::{FutureExt, future::pending};
     use tokio::sync::oneshot;
 
-    const RESTLESS: Haste = Haste { rest: 0.0, leisure: 0.0, chunks_per_transaction: 1 };
+    const RESTLESS: Haste = Haste { rest: 0.0, leisure: 0.0, chunks_per_transaction: 1, at_once: 1 };
 
     #[tokio::test]
     async fn a_transaction_that_is_given_up_leaves_nothing_and_goes_out_of_the_way() {

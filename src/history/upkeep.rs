@@ -27,9 +27,12 @@ const SLICE_ROWS: usize = 1_000;
 const ROWS_PER_READ: usize = 10_000;
 /// How many chunks one transaction deletes at the most.
 const CHUNKS_PER_DELETION: usize = 64;
-/// How many chunks one transaction of merging writes and deletes, and how many where it is behind.
+/// How many chunks one transaction of merging writes and deletes; how many where it is behind, and where it does not rest any more.
 const CHUNKS_MERGED: usize = 32;
 const CHUNKS_MERGED_HURRIED: usize = 128;
+const CHUNKS_MERGED_RESTLESS: usize = 512;
+/// How many times as much as usual is done at once where merging does not rest.
+const AT_ONCE_RESTLESS: usize = 8;
 /// How many seconds to rest for each that a transaction is open: of a way into the store that is busy the background has a tenth.
 const REST: f64 = 9.0;
 /// How many seconds to rest at the least for each of work, until more than `history.unmerged_bytes_max` waits: what can be done in its
@@ -37,13 +40,11 @@ const REST: f64 = 9.0;
 const LEISURE: f64 = if cfg!(test) { 0.5 } else { 12.0 };
 /// From so many times `history.unmerged_bytes_max` on the rests are shorter and the transactions larger, as queries read all of it.
 const BACKLOG_HURRIED: f64 = 4.0;
-/// At so many times there is no rest.
+/// At so many times there is no rest, and most is done in larger steps.
 const BACKLOG_RESTLESS: f64 = 16.0;
 /// How long deleting may keep merging waiting that has much to do.
 const DELETING_MAX: Duration = Duration::from_secs(10);
-/// How much free space the database keeps for what is written next: an eighth of what is used, and at least this.
-const FREE_BYTES_KEPT: u64 = 16 << 20;
-/// What is kept of what a round has pruned: more than that, as its bytes are those of the batches alone, and rounds differ.
+/// What is kept free of what a round has pruned: more than that, as its bytes are those of the batches alone, and rounds differ.
 const KEPT_OF_PRUNED: u64 = 2;
 
 /// Who does the work in the background.
@@ -63,6 +64,8 @@ pub struct Upkeep {
     earlier_bytes: u64,
     // By the current round, bytes of batches.
     pruned_bytes: u64,
+    // Whether the last round did.
+    failed: bool,
 }
 
 /// What of the log is merged and still kept.
@@ -100,6 +103,7 @@ impl Upkeep {
             merged_bytes: 0,
             earlier_bytes: 0,
             pruned_bytes: 0,
+            failed: false,
         }
     }
 
@@ -112,21 +116,22 @@ impl Upkeep {
             if stop.run_until_cancelled(ticks.tick()).await.is_none() {
                 return;
             }
-            if last_round.elapsed() < self.history.merge_interval && !self.has_much_to_merge() {
+            if !self.is_due(last_round.elapsed()) {
                 continue;
             }
             last_round = Instant::now();
-            match stop.run_until_cancelled(self.round()).await {
-                None => return,
-                Some(Ok(())) => {}
-                Some(Err(error)) => {
-                    // What waits since before the start is no reason to try again at once, and is estimated anew.
-                    self.earlier_bytes = 0;
-                    self.merger.metrics.merge_failures.increment(1);
-                    tracing::warn!(error = &error as &dyn std::error::Error, "history.failed: trying again at the next interval");
-                }
+            let Some(done) = stop.run_until_cancelled(self.round()).await else { return };
+            self.failed = done.is_err();
+            if let Err(error) = done {
+                self.merger.metrics.merge_failures.increment(1);
+                tracing::warn!(error = &error as &dyn std::error::Error, "history.failed: trying again at the next interval");
             }
         }
+    }
+
+    /// Whether it is time for a round, so long after the last one began. However much waits, what has failed is not tried again at once.
+    fn is_due(&self, since_last: Duration) -> bool {
+        since_last >= self.history.merge_interval || (self.has_much_to_merge() && !self.failed)
     }
 
     /// Merges all that waits, prunes and deletes.
@@ -173,7 +178,6 @@ impl Upkeep {
         self.earlier_bytes + self.tail.appended_bytes().saturating_sub(self.merged_bytes)
     }
 
-    /// Whether it is time for a round, though the interval is not over.
     fn has_much_to_merge(&self) -> bool {
         self.backlog_bytes() >= self.history.unmerged_bytes_max as u64
     }
@@ -194,7 +198,7 @@ impl Upkeep {
         let merged = self.store.merged_position().await?;
         self.replay.extend(&self.store, merged).await?;
         let mut saved = self.store.latest_position().await?;
-        while let Some(through) = self.replay.first_expired(self.replay_window, self.replay_bytes_max) {
+        while let Some((slices, through)) = self.replay.expired(self.replay_window, self.replay_bytes_max, self.haste().at_once) {
             // A start reads the latest values from the log behind those that are saved.
             if through > saved {
                 let (latest, store) = (self.latest.clone(), self.store.clone());
@@ -207,7 +211,7 @@ impl Upkeep {
             }
             let pruned = self.haste().write(&self.store, move |tx| Box::pin(tx.prune_log(through))).await?;
             self.merger.metrics.pruned_entries.increment(pruned);
-            self.pruned_bytes += self.replay.forget_first() as u64;
+            self.pruned_bytes += self.replay.forget(slices) as u64;
         }
         Ok(())
     }
@@ -225,7 +229,7 @@ impl Upkeep {
         }
         // What the log has left comes in again until the next round, if the devices go on: a file that becomes shorter and longer again and again
         // keeps the disk busy. If they do not, the next round gives it back.
-        let kept = FREE_BYTES_KEPT.max(self.store.used_bytes().await? / 8) + KEPT_OF_PRUNED * self.pruned_bytes;
+        let kept = KEPT_OF_PRUNED * self.pruned_bytes;
         while Instant::now() < until || self.backlog_bytes() == 0 {
             let store = self.store.clone();
             if !self.haste().write_with(async move { store.release_space(kept).await }).await? {
@@ -243,6 +247,10 @@ impl Upkeep {
     /// To count what is used may take as long as many deletions: it is done after those that are expected to free half of what is too much, and
     /// at the latest after as many as all before. What comes in meanwhile makes a deletion seem to free less, so the most counts that one has freed.
     async fn expire_beyond(&self, bytes_max: u64, until: Instant) -> Result<(), StoreError> {
+        // Cheap to know, and what is used is a part of it.
+        if self.store.file_bytes().await? <= bytes_max {
+            return Ok(());
+        }
         let (mut used, mut deletions, mut freed_by_one) = (self.store.used_bytes().await?, 0, 0);
         while used > bytes_max {
             let next = deletions_for_half(used - bytes_max, freed_by_one, deletions);
@@ -287,7 +295,14 @@ fn haste_behind(backlog: f64) -> Haste {
     Haste {
         rest: REST * ((BACKLOG_RESTLESS - backlog) / (BACKLOG_RESTLESS - BACKLOG_HURRIED)).clamp(0.0, 1.0),
         leisure: LEISURE * ((BACKLOG_HURRIED - backlog) / (BACKLOG_HURRIED - 1.0)).clamp(0.0, 1.0),
-        chunks_per_transaction: if backlog > BACKLOG_HURRIED { CHUNKS_MERGED_HURRIED } else { CHUNKS_MERGED },
+        chunks_per_transaction: if backlog >= BACKLOG_RESTLESS {
+            CHUNKS_MERGED_RESTLESS
+        } else if backlog > BACKLOG_HURRIED {
+            CHUNKS_MERGED_HURRIED
+        } else {
+            CHUNKS_MERGED
+        },
+        at_once: if backlog >= BACKLOG_RESTLESS { AT_ONCE_RESTLESS } else { 1 },
     }
 }
 
@@ -322,16 +337,20 @@ impl Replay {
         self.through = through;
     }
 
-    /// Where the oldest part ends, if it is not to be kept.
-    fn first_expired(&self, window: Duration, bytes_max: usize) -> Option<Position> {
-        let first = self.slices.front()?;
-        let old = first.receive_time.saturating_add(window) <= Timestamp::now();
-        (old || self.bytes > bytes_max).then_some(first.through)
+    /// Of the oldest slices those that are not to be kept, but no more than `slices_max`: how many they are, and where the last ends.
+    fn expired(&self, window: Duration, bytes_max: usize, slices_max: usize) -> Option<(usize, Position)> {
+        let (old, mut bytes) = (Timestamp::now().saturating_sub(window), self.bytes);
+        let expired = self.slices.iter().take(slices_max).take_while(|slice| {
+            let expired = slice.receive_time <= old || bytes > bytes_max;
+            bytes -= slice.bytes;
+            expired
+        });
+        (1..).zip(expired).last().map(|(slices, last)| (slices, last.through))
     }
 
-    /// Forgets the oldest part; how many bytes of batches it had.
-    fn forget_first(&mut self) -> usize {
-        let bytes = self.slices.pop_front().map_or(0, |first| first.bytes);
+    /// Forgets so many of the oldest slices; how many bytes of batches they had.
+    fn forget(&mut self, slices: usize) -> usize {
+        let bytes = self.slices.drain(..slices).map(|slice| slice.bytes).sum();
         self.bytes -= bytes;
         bytes
     }

@@ -6,13 +6,15 @@ use crate::{
     fleet::Device,
     model::{BatchSummary, DeviceId, ValueKind, columns::Values},
     pb,
-    store::{NewLogRow, SensorRow},
+    store::{NewLogRow, SensorRow, test_databases},
 };
 use prost::Message;
 use tempfile::TempDir;
 
 const HOUR: i64 = 3_600_000_000;
 const MIB: u64 = 1 << 20;
+/// What SQLite's file keeps free at the least.
+const FREE_BYTES_KEPT: u64 = 16 * MIB;
 
 struct Fixture {
     directory: TempDir,
@@ -171,18 +173,72 @@ async fn what_waits_since_before_the_start_is_counted_by_the_size_of_what_is_mer
     assert_eq!(upkeep.backlog_bytes(), 0);
 }
 
+#[tokio::test]
+async fn what_has_failed_waits_for_the_next_interval_however_much_waits() {
+    let fixture = Fixture::open(|config| config.history.unmerged_bytes_max = 1_000).await;
+    let mut upkeep = fixture.upkeep().await;
+    let interval = upkeep.history.merge_interval;
+    assert_eq!([Duration::ZERO, interval].map(|since| upkeep.is_due(since)), [false, true]);
+    upkeep.earlier_bytes = 2_000;
+    assert!(upkeep.is_due(Duration::ZERO));
+    upkeep.failed = true;
+    assert_eq!([Duration::ZERO, interval].map(|since| upkeep.is_due(since)), [false, true]);
+}
+
+#[test]
+fn the_oldest_of_the_replay_goes_a_slice_at_a_time_or_several() {
+    let now = Timestamp::now();
+    let of = |position| LogSize { position: Position(position), receive_time: now, bytes: SLICE_BYTES };
+    let mut replay = Replay::default();
+    replay.add(&Vec::from_iter((1..=5).map(of)), Position(5));
+    let day = Duration::from_secs(24 * 3600);
+    let expired = |replay: &Replay, slices_kept, slices_max| replay.expired(day, slices_kept * SLICE_BYTES, slices_max);
+    assert_eq!(expired(&replay, 5, 9), None);
+    assert_eq!(expired(&replay, 2, 1), Some((1, Position(1))));
+    assert_eq!(expired(&replay, 2, 9), Some((3, Position(3))), "no more than is too much");
+    assert_eq!(replay.expired(Duration::ZERO, usize::MAX, 9), Some((5, Position(5))), "all are too old");
+    assert_eq!(replay.forget(3), 3 * SLICE_BYTES);
+    assert_eq!((expired(&replay, 2, 9), expired(&replay, 1, 9)), (None, Some((1, Position(4)))));
+}
+
 #[test]
 fn the_more_waits_the_less_merging_rests_and_the_more_it_writes_at_once() {
-    let usual = Haste { rest: REST, leisure: LEISURE, chunks_per_transaction: CHUNKS_MERGED };
+    let usual = Haste { rest: REST, leisure: LEISURE, chunks_per_transaction: CHUNKS_MERGED, at_once: 1 };
     assert_eq!([0.0, 1.0].map(haste_behind), [usual; 2]);
     assert!((0.0..LEISURE).contains(&haste_behind(2.0).leisure));
     assert_eq!([2.0, BACKLOG_HURRIED].map(|backlog| Haste { leisure: LEISURE, ..haste_behind(backlog) }), [usual; 2]);
     assert_eq!(haste_behind(BACKLOG_HURRIED).leisure, 0.0);
     let behind = haste_behind(BACKLOG_HURRIED + 1.0);
-    assert!(behind.rest < REST && behind.chunks_per_transaction == CHUNKS_MERGED_HURRIED, "{behind:?}");
+    assert!(behind.rest < REST && behind.chunks_per_transaction == CHUNKS_MERGED_HURRIED && behind.at_once == 1, "{behind:?}");
     assert!(haste_behind(BACKLOG_HURRIED + 2.0).rest < behind.rest);
-    assert_eq!(haste_behind(BACKLOG_RESTLESS).rest, 0.0);
+    let restless = Haste { rest: 0.0, leisure: 0.0, chunks_per_transaction: CHUNKS_MERGED_RESTLESS, at_once: AT_ONCE_RESTLESS };
+    assert_eq!(haste_behind(BACKLOG_RESTLESS), restless);
     assert_eq!(haste_behind(2.0 * BACKLOG_RESTLESS).rest, 0.0);
+}
+
+/// Of two gateways on one database one merges, and when it is gone the other one goes on.
+#[tokio::test]
+async fn another_gateway_takes_over() {
+    let Some(storage) = test_databases::postgres() else { return };
+    let fixture = Fixture::open(|config| config.storage = storage).await;
+    let other = Store::open(&fixture.config.storage).await.expect("opened");
+    assert!(other.lead_upkeep().await.expect("asked"), "there is no other gateway");
+    fixture.append(0, 60, 10).await;
+    let mut upkeep = fixture.upkeep().await;
+    upkeep.earlier_bytes = 1_000;
+    upkeep.round().await.expect("done");
+    assert_eq!((fixture.merged().await.0, upkeep.backlog_bytes()), (0, 0), "that is for the other one");
+    other.close().await;
+    let takes_over = async {
+        let mut ticks = tokio::time::interval(Duration::from_millis(1));
+        while fixture.merged().await.0 < 60 {
+            ticks.tick().await;
+            upkeep.round().await.expect("done");
+        }
+    };
+    // The server notices in its own time that the other one is gone.
+    tokio::time::timeout(Duration::from_secs(60), takes_over).await.expect("merged");
+    assert_eq!(fixture.store.log_sizes(Position(0), 10).await.expect("read"), [], "and pruned");
 }
 
 /// Linux shows it for each thread.

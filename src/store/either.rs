@@ -173,10 +173,11 @@ impl Store {
         }
     }
 
-    /// Gives some of what deleting left free back to the file system, but `keep_bytes` of it; whether there is more to give.
-    pub async fn release_space(&self, keep_bytes: u64) -> Result<bool, StoreError> {
+    /// Gives some of what deleting left free back to the file system; whether there is more to give. An eighth of what is used, and 16 MiB at
+    /// the least, is kept for what is written next, and `kept_bytes` besides.
+    pub async fn release_space(&self, kept_bytes: u64) -> Result<bool, StoreError> {
         match self {
-            Self::Sqlite(store) => store.release_space(keep_bytes).await,
+            Self::Sqlite(store) => store.release_space(kept_bytes).await,
             // The server's own vacuum does it.
             Self::Postgres(_) => Ok(false),
         }

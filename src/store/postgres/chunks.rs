@@ -27,8 +27,8 @@ impl PostgresTx<'_> {
         sqlx::query("DELETE FROM chunks WHERE chunk_id = ANY($1)").bind(gone).execute(&mut self.connection).await?;
         let of_chunk = || new.iter().map(|new| &new.chunk);
         sqlx::query(
-            "WITH kept AS (SELECT sensor_id FROM sensors JOIN devices USING (device_id) WHERE sensor_id = ANY($1) \
-                 ORDER BY device_id FOR KEY SHARE OF devices) \
+            "WITH kept AS (SELECT sensor_id FROM (SELECT DISTINCT unnest($1::bigint[]) AS sensor_id) AS named \
+                 JOIN sensors USING (sensor_id) JOIN devices USING (device_id) ORDER BY device_id FOR KEY SHARE OF devices) \
              INSERT INTO chunks (sensor_id, first_time, last_time, readings, complete, time_base, time_step, time_unit, time_factor, \
                  encoding, value_base, value_divisor, points, clock_corrections) \
              SELECT new.* FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[], $5::boolean[], $6::bigint[], $7::bigint[], \

@@ -13,6 +13,8 @@ use sqlx::AssertSqlSafe;
 
 /// How many pages one step gives back to the file system, so that ingest does not wait for long.
 const RELEASED_PAGES_PER_STEP: u64 = 32;
+/// How much free space is kept at the least.
+const FREE_BYTES_KEPT: u64 = 16 << 20;
 /// How many of the chunks that are written together have their entries in one page of the index, about.
 const CHUNKS_PER_INDEX_PAGE: usize = 4;
 
@@ -94,32 +96,28 @@ impl SqliteStore {
         let wanted: Vec<[i64; 3]> = extents.iter().map(|extent| [extent.sensor_key, extent.first_time, extent.last_time]).collect();
         let wanted = serde_json::to_string(&wanted).expect("integers");
         // All from one index; per sensor one search, as many entries as are behind the last complete chunk, and those further on.
-        // One row a sensor, as each row costs more than its spans.
-        let found: Vec<String> = sqlx::query_scalar(
-            "SELECT (SELECT json_group_array(json_array(c.chunk_id, c.sensor_id, c.first_time, c.last_time, c.readings, c.complete)) \
-                 FROM chunks c INDEXED BY chunks_by_sensor \
-                 WHERE c.sensor_id = w.value ->> 0 AND c.first_time <= w.value ->> 2 AND c.last_time >= coalesce( \
-                     (SELECT f.last_time FROM chunks f INDEXED BY chunks_by_sensor \
-                      WHERE f.sensor_id = w.value ->> 0 AND f.last_time < w.value ->> 1 AND f.complete ORDER BY f.last_time DESC LIMIT 1), \
-                     -9223372036854775808)) \
-             FROM json_each(?) w",
+        // One row in all, as each row costs more than its spans.
+        let found: String = sqlx::query_scalar(
+            "SELECT json_group_array(json_array(c.chunk_id, c.sensor_id, c.first_time, c.last_time, c.readings, c.complete)) \
+             FROM json_each(?) w CROSS JOIN chunks c INDEXED BY chunks_by_sensor \
+             WHERE c.sensor_id = w.value ->> 0 AND c.first_time <= w.value ->> 2 AND c.last_time >= coalesce( \
+                 (SELECT f.last_time FROM chunks f INDEXED BY chunks_by_sensor \
+                  WHERE f.sensor_id = w.value ->> 0 AND f.last_time < w.value ->> 1 AND f.complete ORDER BY f.last_time DESC LIMIT 1), \
+                 -9223372036854775808)",
         )
         .bind(wanted)
-        .fetch_all(self.readers())
+        .fetch_one(self.readers())
         .await?;
-        let mut spans = Vec::new();
-        for of_sensor in &found {
-            let of_sensor: Vec<(i64, i64, i64, i64, usize, u8)> = serde_json::from_str(of_sensor).map_err(damaged)?;
-            spans.extend(of_sensor.into_iter().map(|(key, sensor_key, first_time, last_time, readings, complete)| ChunkSpan {
-                key,
-                sensor_key,
-                first_time,
-                last_time,
-                readings,
-                complete: complete != 0,
-            }));
-        }
-        Ok(spans)
+        let spans: Vec<(i64, i64, i64, i64, usize, u8)> = serde_json::from_str(&found).map_err(damaged)?;
+        let span = |(key, sensor_key, first_time, last_time, readings, complete)| ChunkSpan {
+            key,
+            sensor_key,
+            first_time,
+            last_time,
+            readings,
+            complete: complete != 0,
+        };
+        Ok(spans.into_iter().map(span).collect())
     }
 
     pub async fn read_chunks(&self, sensor_key: i64, start: i64, end: i64, chunks_max: usize) -> Result<Vec<Chunk>, StoreError> {
@@ -151,9 +149,10 @@ impl SqliteStore {
         Ok(pages * page_bytes)
     }
 
-    pub async fn release_space(&self, keep_bytes: u64) -> Result<bool, StoreError> {
-        let [_, free, page_bytes] = self.page_counts().await?;
-        let surplus = free.saturating_sub(keep_bytes / page_bytes);
+    pub async fn release_space(&self, kept_bytes: u64) -> Result<bool, StoreError> {
+        let [pages, free, page_bytes] = self.page_counts().await?;
+        let kept = ((pages - free) / 8).max(FREE_BYTES_KEPT / page_bytes) + kept_bytes / page_bytes;
+        let surplus = free.saturating_sub(kept);
         if surplus == 0 {
             return Ok(false);
         }
