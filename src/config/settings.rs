@@ -468,7 +468,7 @@ pub static SETTINGS: &[Setting] = &[
     setting(
         "history.unmerged_bytes_max",
         Allowed::Bytes(1..=64 * GIB),
-        "How many bytes of batches may come in before they are merged without waiting for the interval. As long as less waits, merging rests twelve times as long as each of its steps takes, 240 ms at the most; from there on less. When four times as much waits, merging begins to take more than a tenth of the time for which devices keep the database busy, and at sixteen times all that it needs.",
+        "How many bytes of batches may come in before they are merged without waiting for the interval. As long as less waits, merging rests twelve times as long as each of its steps takes, 240 ms at the most; from there on less. When four times as much waits, merging begins to take more than a tenth of the time for which devices keep the database busy, and at sixteen times all that it needs, in larger steps.",
     ),
     setting(
         "history.retention_age",

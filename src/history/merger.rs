@@ -30,8 +30,7 @@ const ROWS_PER_READ: usize = if cfg!(test) { 3 } else { 4_096 };
 /// How many rows a pass reads first, as long as it does not know how large they are.
 const ROWS_OF_FIRST_READ: usize = if cfg!(test) { 3 } else { 16 };
 const BYTES_PER_READ: usize = 128 << 10;
-/// How many bytes of readings a pass holds, about; buffers that grow take up to twice as much. Where most is done in larger steps it is twice as
-/// many: what a chunk costs is then shared by more readings.
+/// How many bytes of readings a pass holds, about; buffers that grow take up to twice as much. Twice as many where it goes in larger steps.
 const PASS_BYTES_MAX: usize = if cfg!(test) { 8 << 10 } else { 16 << 20 };
 /// Of how many sensors the chunks are looked up at once.
 const SENSORS_PER_STEP: usize = if cfg!(test) { 2 } else { 1_024 };
@@ -70,7 +69,7 @@ struct Work {
     /// The chunks.
     old: Vec<i64>,
     new: Series,
-    /// Of the chunks and the new ones together.
+    /// Of the chunks and the new ones together, about: those of a chunk of long texts count as what a chunk may have.
     readings: usize,
 }
 
@@ -127,7 +126,7 @@ impl Merger {
     /// Reads the log behind `merged`, and how far.
     async fn gather(&self, merged: Position, haste: impl Fn() -> Haste) -> Result<(Gather, Position), StoreError> {
         let (mut gather, mut through, mut rows_max) = (Gather::default(), merged, ROWS_OF_FIRST_READ);
-        while gather.bytes() < PASS_BYTES_MAX * haste().at_once.min(2) {
+        while gather.bytes() < pass_bytes_max(haste()) {
             let began = Instant::now();
             let bytes_max = BYTES_PER_READ * haste().at_once;
             let rows = self.store.read_log(through, rows_max, bytes_max).await?;
@@ -166,7 +165,7 @@ impl Merger {
             let around = &spans[of_sensor(&spans, sensor_key)];
             for rewrite in plan::plan(&readings.times, around) {
                 let replaced = &around[rewrite.chunks];
-                let in_them: usize = replaced.iter().map(|span| span.readings).sum();
+                let in_them: usize = replaced.iter().map(|span| weight(span, kind)).sum();
                 works.push(Work {
                     sensor_key,
                     kind,
@@ -211,9 +210,19 @@ impl Merger {
     }
 }
 
+/// The more readings are in a pass, the more share what a chunk costs.
+fn pass_bytes_max(haste: Haste) -> usize {
+    if haste.at_once > 1 { 2 * PASS_BYTES_MAX } else { PASS_BYTES_MAX }
+}
+
 fn extent(gathered: &Gathered) -> Extent {
     let times = &gathered.readings.times;
     Extent { sensor_key: gathered.sensor_key, first_time: times[0], last_time: times[times.len() - 1] }
+}
+
+/// As how many readings those of a chunk count that is written anew: long texts are few.
+fn weight(span: &ChunkSpan, kind: ValueKind) -> usize {
+    if span.complete && kind == ValueKind::Text { READINGS_MAX } else { span.readings }
 }
 
 /// Where a sensor's spans are, among those sorted by sensor.
@@ -221,7 +230,7 @@ fn of_sensor(spans: &[ChunkSpan], sensor_key: i64) -> Range<usize> {
     spans.partition_point(|span| span.sensor_key < sensor_key)..spans.partition_point(|span| span.sensor_key <= sensor_key)
 }
 
-/// The next sensors: as many as have [`READINGS_PER_PIECE`], but at least one, and no more than are looked up at once.
+/// The next sensors: as many as have [`READINGS_PER_PIECE`] times [`Haste::at_once`], but at least one, and no more than are looked up at once.
 fn take_step(sensors: &mut Peekable<impl Iterator<Item = Gathered>>, haste: Haste) -> Vec<Gathered> {
     let (mut step, mut readings) = (Vec::new(), 0);
     while let Some(gathered) = sensors.next_if(|_| readings < READINGS_PER_PIECE * haste.at_once && step.len() < SENSORS_PER_STEP) {
@@ -231,7 +240,7 @@ fn take_step(sensors: &mut Peekable<impl Iterator<Item = Gathered>>, haste: Hast
     step
 }
 
-/// The next works: as many as have [`READINGS_PER_PIECE`], but at least one, and no more than one transaction is to write.
+/// The next works: as many as have [`READINGS_PER_PIECE`] times [`Haste::at_once`], but at least one, and no more than one transaction is to write.
 fn take_part(works: &mut Peekable<impl Iterator<Item = Work>>, haste: Haste) -> Vec<Work> {
     let (mut part, mut readings, mut chunks) = (Vec::new(), 0, 0);
     while let Some(work) = works.next_if(|_| readings < READINGS_PER_PIECE * haste.at_once && chunks < haste.chunks_per_transaction) {

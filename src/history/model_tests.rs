@@ -241,7 +241,8 @@ async fn check(steps: Vec<Step>, storage: &Storage) {
             }
             Step::CutMerge(polls) => {
                 running.leads().await;
-                cut_off(polls, running.merger.pass(|| RESTLESS)).await;
+                let haste = Haste { at_once: 1 + polls % 8, ..RESTLESS };
+                cut_off(polls, running.merger.pass(|| haste)).await;
             }
             Step::Prune => running.upkeep.prune().await.expect("pruned"),
             Step::Expire(before) => {

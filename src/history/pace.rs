@@ -69,7 +69,7 @@ impl Haste {
         Ok(done)
     }
 
-    /// Rests from what was read and computed since `began`: of some thousand readings, so that nobody waits for long.
+    /// Rests from what was read and computed since `began`: a small piece, so that nobody waits for long.
     pub async fn rest_from_piece(self, began: Instant) {
         self.rest_from(began.elapsed(), Duration::ZERO).await;
     }

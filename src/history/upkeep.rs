@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 /// How often to look whether there is something to do.
 const TICK: Duration = Duration::from_millis(250);
-/// What one transaction deletes of the log at the most.
+/// What is deleted of the log at once; [`Haste::at_once`] says how many of these in one transaction.
 const SLICE_BYTES: usize = 512 << 10;
 const SLICE_ROWS: usize = 1_000;
 const ROWS_PER_READ: usize = 10_000;
@@ -44,6 +44,8 @@ const BACKLOG_HURRIED: f64 = 4.0;
 const BACKLOG_RESTLESS: f64 = 16.0;
 /// How long deleting may keep merging waiting that has much to do.
 const DELETING_MAX: Duration = Duration::from_secs(10);
+/// After how long what has failed is tried again at the latest, when much waits.
+const RETRY_INTERVAL: Duration = Duration::from_secs(60);
 /// What is kept free of what a round has pruned: more than that, as its bytes are those of the batches alone, and rounds differ.
 const KEPT_OF_PRUNED: u64 = 2;
 
@@ -120,18 +122,31 @@ impl Upkeep {
                 continue;
             }
             last_round = Instant::now();
-            let Some(done) = stop.run_until_cancelled(self.round()).await else { return };
-            self.failed = done.is_err();
-            if let Err(error) = done {
-                self.merger.metrics.merge_failures.increment(1);
-                tracing::warn!(error = &error as &dyn std::error::Error, "history.failed: trying again at the next interval");
+            if stop.run_until_cancelled(self.try_round()).await.is_none() {
+                return;
+            }
+            if self.failed {
+                last_round = Instant::now();
             }
         }
     }
 
-    /// Whether it is time for a round, so long after the last one began. However much waits, what has failed is not tried again at once.
+    async fn try_round(&mut self) {
+        let done = self.round().await;
+        self.failed = done.is_err();
+        if let Err(error) = done {
+            self.merger.metrics.merge_failures.increment(1);
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "history.failed: trying again at the next interval, or in a minute if much waits"
+            );
+        }
+    }
+
+    /// Whether it is time for a round, so long after the last one began or failed. However much waits, what has failed is not tried again at once.
     fn is_due(&self, since_last: Duration) -> bool {
-        since_last >= self.history.merge_interval || (self.has_much_to_merge() && !self.failed)
+        let early = if self.failed { RETRY_INTERVAL } else { Duration::ZERO };
+        since_last >= self.history.merge_interval || (since_last >= early && self.has_much_to_merge())
     }
 
     /// Merges all that waits, prunes and deletes.
@@ -247,7 +262,7 @@ impl Upkeep {
     /// To count what is used may take as long as many deletions: it is done after those that are expected to free half of what is too much, and
     /// at the latest after as many as all before. What comes in meanwhile makes a deletion seem to free less, so the most counts that one has freed.
     async fn expire_beyond(&self, bytes_max: u64, until: Instant) -> Result<(), StoreError> {
-        // Cheap to know, and what is used is a part of it.
+        // Cheap to know, where what is used is not: of that it is known that it is no more, or only estimated to be.
         if self.store.file_bytes().await? <= bytes_max {
             return Ok(());
         }
@@ -292,17 +307,18 @@ fn deletions_for_half(too_much: u64, freed_by_one: u64, deletions: u64) -> u64 {
 
 /// How fast to go when so many times `history.unmerged_bytes_max` wait.
 fn haste_behind(backlog: f64) -> Haste {
+    let restless = backlog >= BACKLOG_RESTLESS;
     Haste {
         rest: REST * ((BACKLOG_RESTLESS - backlog) / (BACKLOG_RESTLESS - BACKLOG_HURRIED)).clamp(0.0, 1.0),
         leisure: LEISURE * ((BACKLOG_HURRIED - backlog) / (BACKLOG_HURRIED - 1.0)).clamp(0.0, 1.0),
-        chunks_per_transaction: if backlog >= BACKLOG_RESTLESS {
+        chunks_per_transaction: if restless {
             CHUNKS_MERGED_RESTLESS
         } else if backlog > BACKLOG_HURRIED {
             CHUNKS_MERGED_HURRIED
         } else {
             CHUNKS_MERGED
         },
-        at_once: if backlog >= BACKLOG_RESTLESS { AT_ONCE_RESTLESS } else { 1 },
+        at_once: if restless { AT_ONCE_RESTLESS } else { 1 },
     }
 }
 

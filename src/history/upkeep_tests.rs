@@ -174,15 +174,20 @@ async fn what_waits_since_before_the_start_is_counted_by_the_size_of_what_is_mer
 }
 
 #[tokio::test]
-async fn what_has_failed_waits_for_the_next_interval_however_much_waits() {
-    let fixture = Fixture::open(|config| config.history.unmerged_bytes_max = 1_000).await;
+async fn what_has_failed_is_not_tried_again_at_once_however_much_waits() {
+    let fixture = Fixture::open(|config| {
+        config.history.unmerged_bytes_max = 1_000;
+        config.history.merge_interval = 2 * RETRY_INTERVAL;
+    })
+    .await;
     let mut upkeep = fixture.upkeep().await;
-    let interval = upkeep.history.merge_interval;
-    assert_eq!([Duration::ZERO, interval].map(|since| upkeep.is_due(since)), [false, true]);
+    let due = |upkeep: &Upkeep| [0, 1, 2].map(|times| upkeep.is_due(times * RETRY_INTERVAL));
+    assert_eq!(due(&upkeep), [false, false, true]);
     upkeep.earlier_bytes = 2_000;
-    assert!(upkeep.is_due(Duration::ZERO));
-    upkeep.failed = true;
-    assert_eq!([Duration::ZERO, interval].map(|since| upkeep.is_due(since)), [false, true]);
+    assert_eq!(due(&upkeep), [true, true, true]);
+    fixture.store.close().await;
+    upkeep.try_round().await;
+    assert_eq!(due(&upkeep), [false, true, true]);
 }
 
 #[test]

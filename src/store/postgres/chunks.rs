@@ -25,6 +25,7 @@ impl PostgresTx<'_> {
             return Err(StoreError::NotLeading);
         }
         sqlx::query("DELETE FROM chunks WHERE chunk_id = ANY($1)").bind(gone).execute(&mut self.connection).await?;
+        // Named one by one, as of = ANY the planner does not know that they are few, and looks at all sensors.
         let of_chunk = || new.iter().map(|new| &new.chunk);
         sqlx::query(
             "WITH kept AS (SELECT sensor_id FROM (SELECT DISTINCT unnest($1::bigint[]) AS sensor_id) AS named \

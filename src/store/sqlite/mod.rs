@@ -32,8 +32,6 @@ const PAGE_BYTES: u32 = 16 << 10;
 const WRITER_CACHE_KIB: &str = "-4096";
 /// The same of a connection that reads: what it reads it seldom reads again.
 const READER_CACHE_KIB: &str = "-2048";
-/// How many rows the thread of a connection that reads for merging may be ahead of who takes them: to wake either costs more than a row.
-const ROWS_BUFFERED: usize = 1_024;
 /// How many rows with little in them share a page, about.
 const ROWS_PER_PAGE: i64 = 200;
 /// How many rows one statement writes at the most.
@@ -79,7 +77,7 @@ impl SqliteStore {
         migrate_on(&mut writer).await?.log();
         let pool = SqlitePoolOptions::new().idle_timeout(None).max_lifetime(None).acquire_timeout(Duration::from_secs(30));
         let read_only = options.clone().create_if_missing(false).read_only(true).pragma("cache_size", READER_CACHE_KIB);
-        let background = pool.clone().max_connections(1).connect_lazy_with(read_only.clone().row_buffer_size(ROWS_BUFFERED));
+        let background = pool.clone().max_connections(1).connect_lazy_with(read_only.clone());
         // All at once, and for good: the thread of a connection that is made later gives way to others if the one does that makes it.
         let readers = pool.min_connections(settings.readers).max_connections(settings.readers).connect_with(read_only).await?;
         let (wal, woken) = WalGrowth::new();
