@@ -25,8 +25,8 @@ impl PostgresTx<'_> {
             return Err(StoreError::NotLeading);
         }
         sqlx::query("DELETE FROM chunks WHERE chunk_id = ANY($1)").bind(gone).execute(&mut self.connection).await?;
-        // Named one by one, as of = ANY the planner does not know that they are few, and looks at all sensors.
         let of_chunk = || new.iter().map(|new| &new.chunk);
+        // The sensors are looked up one by one: with = ANY the planner went through all of them.
         sqlx::query(
             "WITH kept AS (SELECT sensor_id FROM (SELECT DISTINCT unnest($1::bigint[]) AS sensor_id) AS named \
                  JOIN sensors USING (sensor_id) JOIN devices USING (device_id) ORDER BY device_id FOR KEY SHARE OF devices) \
